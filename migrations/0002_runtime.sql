@@ -1,0 +1,241 @@
+-- The runtime: what was asked, what was planned, what happened.
+
+-- In a request, dry_run is false, true or 'execute': a boolean is accepted where this type is expected.
+create type etl.dry_run as enum ('f', 't', 'false', 'true', 'execute');
+comment on type etl.dry_run is
+  'false: run. true: plan only. execute: run every scope, report true row counts, and roll everything back.';
+create cast (boolean as etl.dry_run) with inout as implicit;
+
+create type etl.plan_item as (
+  scope_index       int,
+  kind              text,
+  order_index       int,
+  procedure_id      int,
+  tx_scope          text,
+  mode              text,
+  parameters        jsonb,
+  refresh_target_id int,
+  mv_name           text,
+  refresh_after     text,
+  refresh_on        text,
+  concurrency       text,
+  feeders           int[],
+  depends_on        int[],
+  base              int,
+  depth             int
+);
+comment on type etl.plan_item is
+  'One entry of a plan: a step, a barrier between phases, or the refresh of a materialized view. base and depth place a refresh.';
+
+create table etl.runs (
+  run_id              bigint generated always as identity primary key,
+  pipeline_id         int not null references etl.pipelines,
+  config_version_id   bigint not null references etl.config_versions,
+  parent_run_id       bigint references etl.runs,
+  mode                text,
+  as_of               timestamptz,
+  parameters          jsonb not null default '{}',
+  request             jsonb not null,
+  idempotency_key     text unique,
+  fingerprint         text not null,
+  requested_by        text not null,
+  session_user_name   text not null default session_user,
+  application_name    text not null default '',
+  approved_by         text,
+  reason              text,
+  max_concurrency     int not null,
+  step_count          int not null,
+  submitted_at        timestamptz not null default clock_timestamp(),
+  started_at          timestamptz,
+  status              text not null,
+  worker_pid          int,
+  cancel_requested_at timestamptz,
+  cancel_requested_by text,
+  cancel_reason       text,
+  ended_at            timestamptz,
+  duration_ms         numeric(16, 3) generated always as (extract(epoch from ended_at - started_at) * 1000) stored,
+  error_code          text,
+  error_message       text,
+  constraint mode_is_incremental_or_full check (mode in ('incremental', 'full')),
+  constraint status_is_known check (status in
+    ('queued', 'running', 'succeeded', 'completed_with_warnings', 'failed', 'cancelled', 'abandoned')),
+  constraint an_ended_run_has_an_end check
+    ((ended_at is not null) = (status not in ('queued', 'running'))),
+  constraint a_failed_run_says_why check (status not in ('failed', 'abandoned') or error_code is not null),
+  constraint a_full_refresh_has_a_reason check (mode is distinct from 'full' or reason is not null)
+) with (fillfactor = 80);
+create unique index one_run_per_pipeline_is_active on etl.runs (pipeline_id) where status = 'running';
+create index runs_pipeline_id_run_id on etl.runs (pipeline_id, run_id desc);
+comment on table etl.runs is 'One row per request to execute procedures. Immutable once ended. Source: etl.start_run.';
+comment on column etl.runs.mode is 'The mode asked for; null when each procedure runs in its own default mode.';
+comment on column etl.runs.parameters is 'The parameters as they were used, by procedure, defaults included.';
+comment on column etl.runs.fingerprint is 'Digest of the request: the same idempotency key with another request is refused.';
+comment on column etl.runs.requested_by is 'The role that asked: the SET ROLE in force, else the login.';
+comment on column etl.runs.worker_pid is 'Backend that walks the run; it also holds the advisory lock (6435443, pipeline_id).';
+comment on column etl.runs.duration_ms is 'From started_at to ended_at, milliseconds.';
+comment on column etl.runs.error_code is 'Stable code of the first failure, e.g. full_refresh.frozen, or its SQLSTATE.';
+
+-- The engine's small scheduling state. A scope is a transaction: some steps, one refresh, or a barrier between phases.
+create table etl.run_scopes (
+  run_id                 bigint not null references etl.runs,
+  scope_index            int not null,
+  kind                   text not null,
+  isolation              text not null default 'read committed',
+  first_order_index      int,
+  last_order_index       int,
+  required_by            int[] not null default '{}',
+  precedes               int[] not null default '{}',
+  status                 text not null default 'pending',
+  attempt                int not null default 1,
+  remaining_dependencies int not null,
+  worker_pid             int,
+  primary key (run_id, scope_index),
+  constraint kind_is_known check (kind in ('steps', 'barrier', 'refresh')),
+  constraint status_is_known check (status in ('pending', 'running', 'ended')),
+  constraint remaining_dependencies_never_fall_below_zero check (remaining_dependencies >= 0)
+) with (fillfactor = 50);
+comment on table etl.run_scopes is
+  'The units of transaction of a run, in topological order, each with the number of scopes it still waits for.';
+comment on column etl.run_scopes.required_by is 'Scopes that need this one to succeed.';
+comment on column etl.run_scopes.precedes is 'Scopes that only have to come later (dimensions before facts).';
+
+create table etl.procedure_runs (
+  run_id             bigint not null references etl.runs,
+  order_index        int not null,
+  attempt            int not null default 1,
+  scope_index        int not null,
+  procedure_id       int not null references etl.procedures,
+  procedure_name     text not null,
+  procedure_type     text not null,
+  group_name         text,
+  mode               text not null,
+  tx_scope           text not null,
+  isolation          text not null,
+  parameters         jsonb not null,
+  dependencies       jsonb not null,
+  statement          text not null,
+  rows_column        text,
+  watermark_strategy text,
+  state_key          text,
+  window_since       text,
+  window_until       text,
+  status             text not null default 'pending',
+  skip_reason        text,
+  started_at         timestamptz,
+  ended_at           timestamptz,
+  duration_ms        numeric(16, 3) generated always as (extract(epoch from ended_at - started_at) * 1000) stored,
+  rows_affected      bigint,
+  table_counts       jsonb,
+  warnings           jsonb,
+  error_class        text,
+  error_code         text,
+  sqlstate           text,
+  error_message      text,
+  error_detail       text,
+  error_hint         text,
+  error_context      text,
+  primary key (run_id, order_index, attempt),
+  constraint attempts_are_numbered_from_one check (attempt >= 1),
+  constraint status_is_known check (status in ('pending', 'running', 'succeeded', 'failed', 'retrying',
+    'rolled_back', 'skipped', 'cancelled', 'abandoned')),
+  constraint an_ended_attempt_has_an_end check ((ended_at is not null) = (status not in ('pending', 'running'))),
+  constraint a_failed_attempt_says_why check (status not in ('failed', 'retrying') or error_code is not null),
+  constraint a_skipped_attempt_says_why check ((status = 'skipped') = (skip_reason is not null)),
+  constraint skip_reason_is_known check (skip_reason in ('upstream_failed', 'cancelled', 'no_data', 'reused', 'stopped'))
+) with (fillfactor = 50);
+create index procedure_runs_procedure_id_run_id on etl.procedure_runs (procedure_id, run_id desc);
+comment on table etl.procedure_runs is
+  'One row per attempt of a step, from plan to outcome. Immutable once ended. Source: etl.start_run.';
+comment on column etl.procedure_runs.order_index is 'Position of the step in the run, from 1.';
+comment on column etl.procedure_runs.scope_index is 'The transaction it belongs to, see etl.run_scopes.';
+comment on column etl.procedure_runs.dependencies is 'What the step depended on: name, whether it was part of the run, last success.';
+comment on column etl.procedure_runs.statement is
+  'The statement executed: $1 mode, $2 window_since, $3 window_until, $4 run_id, $5 parameters. etl.step_history shows it with its values.';
+comment on column etl.procedure_runs.window_since is 'Start of the window read, inclusive; null: from the beginning.';
+comment on column etl.procedure_runs.window_until is 'End of the window read, exclusive.';
+comment on column etl.procedure_runs.duration_ms is 'From started_at to ended_at, milliseconds.';
+comment on column etl.procedure_runs.rows_affected is
+  'Rows as the routine returned them; when it returns none, rows inserted, updated and deleted in all tables.';
+comment on column etl.procedure_runs.table_counts is
+  'Rows inserted, updated and deleted per table: {"silver.t": {"inserted": 1, "updated": 0, "deleted": 0}}.';
+comment on column etl.procedure_runs.warnings is 'Checks of severity warn that did not hold.';
+comment on column etl.procedure_runs.error_class is
+  'transient, data_quality, schema_mismatch, resource, timeout, cancelled or code.';
+comment on column etl.procedure_runs.error_code is 'Stable code (check.failed, ...) or, for an error of the server, its SQLSTATE.';
+
+create table etl.mv_refreshes (
+  run_id            bigint not null references etl.runs,
+  scope_index       int not null,
+  refresh_target_id int not null references etl.refresh_targets,
+  mv_name           text not null,
+  refresh_after     text not null,
+  refresh_on        text not null,
+  concurrency       text not null,
+  feeders           int[] not null,
+  depends_on        int[] not null,
+  status            text not null default 'pending',
+  skip_reason       text,
+  is_concurrent     boolean,
+  started_at        timestamptz,
+  ended_at          timestamptz,
+  duration_ms       numeric(16, 3) generated always as (extract(epoch from ended_at - started_at) * 1000) stored,
+  warning           text,
+  error_code        text,
+  error_message     text,
+  error_hint        text,
+  primary key (run_id, scope_index),
+  constraint status_is_known check (status in ('pending', 'running', 'succeeded', 'failed', 'skipped', 'cancelled', 'abandoned')),
+  constraint an_ended_refresh_has_an_end check ((ended_at is not null) = (status not in ('pending', 'running'))),
+  constraint a_failed_refresh_says_why check (status <> 'failed' or error_code is not null)
+) with (fillfactor = 50);
+comment on table etl.mv_refreshes is
+  'One row per refresh of a materialized view in a run. Immutable once ended. Source: etl.start_run.';
+comment on column etl.mv_refreshes.feeders is 'order_index of the steps because of which it is refreshed.';
+comment on column etl.mv_refreshes.depends_on is 'scope_index of the refreshes it reads from.';
+comment on column etl.mv_refreshes.is_concurrent is 'Whether it was refreshed CONCURRENTLY, so that readers were not blocked.';
+comment on column etl.mv_refreshes.warning is 'Why it was refreshed in another way than asked for.';
+comment on column etl.mv_refreshes.duration_ms is 'From started_at to ended_at, milliseconds.';
+
+create table etl.state (
+  state_key              text primary key,
+  strategy               text not null,
+  last_success_watermark text,
+  last_run_id            bigint references etl.runs,
+  last_run_at            timestamptz,
+  last_rowcount          bigint
+) with (fillfactor = 50);
+comment on table etl.state is
+  'Up to where each state_key is known complete. Moves only in the transaction that wrote the data.';
+comment on column etl.state.last_success_watermark is
+  'A timestamptz, bigint or pg_snapshot as text, by strategy; null: nothing was read yet.';
+
+create table etl.state_history (
+  state_history_id bigint generated always as identity primary key,
+  state_key        text not null,
+  old_watermark    text,
+  new_watermark    text,
+  run_id           bigint references etl.runs,
+  cause            text not null,
+  reason           text,
+  changed_by       text not null,
+  changed_at       timestamptz not null default clock_timestamp(),
+  constraint cause_is_known check (cause in ('incremental', 'full', 'set'))
+);
+create index state_history_state_key on etl.state_history (state_key, state_history_id desc);
+comment on table etl.state_history is 'Every move of every watermark. Append-only. Source: the engine and etl.set_watermark.';
+
+create table etl.full_refresh_freezes (
+  freeze_id  bigint generated always as identity primary key,
+  is_frozen  boolean not null,
+  reason     text not null,
+  changed_by text not null,
+  changed_at timestamptz not null default clock_timestamp()
+);
+comment on table etl.full_refresh_freezes is
+  'The global freeze of full refreshes, thrown and lifted: the newest row is in force. Append-only. Source: etl.freeze_full_refresh.';
+
+-- Reading a tuple makes a serializable transaction notice that it was chosen as the victim. Nobody writes here.
+create table etl.serialization_probe (is_only_row boolean primary key default true check (is_only_row));
+insert into etl.serialization_probe default values;
+comment on table etl.serialization_probe is
+  'One row, read at the end of a serializable step so that a doomed transaction fails there and not in its COMMIT.';

@@ -1,0 +1,97 @@
+-- Runs a request to its end in this session.
+--
+-- These two procedures are the only code that ends transactions, and they do nothing else: a procedure that COMMITs
+-- can neither be security definer nor pin its search_path, so everything that touches a table is in the guarded
+-- helpers they call. The run lock passes hand over hand across every COMMIT and ROLLBACK (engine/_lock.sql).
+-- SET TRANSACTION must directly follow the COMMIT: even an IF in between would take a snapshot.
+create or replace procedure etl._walk(run_id bigint, pipeline_id int)
+language plpgsql as $$
+declare
+  v_next   record;
+  v_ended  int;
+  v_result jsonb;
+  v_seen   jsonb := etl._change_baseline();
+  v_delay  float8;
+begin
+  perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+  loop
+    select * into v_next from etl._claim(run_id, v_ended, coalesce(v_result->'events', '[]'));
+    perform etl._hold(pipeline_id);
+    if v_next.action = 'done' then
+      commit; perform pg_catalog.pg_advisory_unlock(6435443, pipeline_id);
+      return;
+    end if;
+    if v_next.isolation = 'serializable' then commit; set transaction isolation level serializable;
+    elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read;
+    else commit; set transaction isolation level read committed; end if;
+    perform etl._rehold(pipeline_id);
+    if v_next.kind = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
+    else v_result := etl._execute_scope(run_id, v_next.scope_index, v_seen); end if;
+    perform etl._hold(pipeline_id);
+    if not v_result ? 'failure' then
+      commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+      v_ended := v_next.scope_index;
+      v_seen := coalesce(v_result->'seen', v_seen);
+      continue;
+    end if;
+    rollback; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+    v_ended := null;
+    v_delay := etl._record_failure(run_id, v_next.scope_index, v_result->'failure');
+    v_seen := etl._change_baseline();
+    v_result := null;
+    perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+    while v_delay > 0 loop
+      perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
+      v_delay := v_delay - 500;
+      perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+    end loop;
+  end loop;
+end $$;
+comment on procedure etl._walk(bigint, int) is 'Executes the scopes of a run that this session owns until none is left. Called by the engine only.';
+revoke all on procedure etl._walk(bigint, int) from public;
+grant execute on procedure etl._walk(bigint, int) to etl_operator;
+
+create or replace procedure etl.start_run(
+  mode text default null, procedures text[] default null, groups text[] default null, tags text[] default null,
+  with_upstream boolean default false, with_downstream boolean default false,
+  as_of timestamptz default null, params jsonb default null,
+  transaction_scope text default null, mv_refresh jsonb default null,
+  idempotency_key text default null, dry_run etl.dry_run default 'false',
+  confirm_full_refresh boolean default false, approved_by text default null, reason text default null,
+  max_concurrency int default null, pipeline text default null,
+  inout run_id bigint default null, inout status text default null)
+language plpgsql as $$
+declare
+  v_request          jsonb;
+  v_run              record;
+  v_atomic           text;
+  v_application_name text := pg_catalog.current_setting('application_name');
+begin
+  begin commit; exception when invalid_transaction_termination then v_atomic := sqlerrm; end;
+  if v_atomic = etl._atomic_message() then perform etl._fail_in_transaction('etl.start_run'); end if;
+  commit; set transaction isolation level read committed;
+  v_request := etl._request(mode, procedures, groups, tags, with_upstream, with_downstream, as_of, params, transaction_scope,
+    mv_refresh, idempotency_key, confirm_full_refresh, approved_by, reason, max_concurrency, pipeline);
+  if dry_run in ('t', 'true', 'execute') then
+    perform etl._report_plan(v_request, dry_run = 'execute');
+    run_id := null; status := 'planned';
+    return;
+  end if;
+  select * into v_run from etl._begin_run(v_request);
+  run_id := v_run.run_id;
+  if v_run.is_new then
+    call etl._walk(v_run.run_id, v_run.pipeline_id);
+    perform pg_catalog.set_config('application_name', v_application_name, false);
+  end if;
+  status := etl._run_status(v_run.run_id);
+end $$;
+comment on procedure etl.start_run(text, text[], text[], text[], boolean, boolean, timestamptz, jsonb, text, jsonb, text, etl.dry_run,
+  boolean, text, text, int, text, bigint, text) is
+  'Plans a request and runs it to its end in this session; returns run_id and the final status. CALL it alone, with autocommit on. '
+  'Selection: procedures, groups, tags (their union; nothing: all), with_upstream, with_downstream. mode: incremental, full, or null for each '
+  'procedure''s own. mv_refresh: ''true'', ''false'' or ''["mart.mv"]''. dry_run: true shows the plan, ''execute'' runs and rolls back. '
+  'Raises PT400, PT403, PT404, PT409 or PT422 with {"code": ...} in DETAIL before anything is done; a failed step does not raise, see status.';
+revoke all on procedure etl.start_run(text, text[], text[], text[], boolean, boolean, timestamptz, jsonb, text, jsonb, text, etl.dry_run,
+  boolean, text, text, int, text, bigint, text) from public;
+grant execute on procedure etl.start_run(text, text[], text[], text[], boolean, boolean, timestamptz, jsonb, text, jsonb, text, etl.dry_run,
+  boolean, text, text, int, text, bigint, text) to etl_operator;

@@ -1,0 +1,123 @@
+-- Everything about a configuration that only the database can know. Each problem names its place in the document.
+
+create or replace function etl._routine_problems(routine oid, procedure jsonb) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  with arguments as (
+    select a.*, case when a.is_input then etl._binding(a.name, procedure) end as binding from etl._routine_arguments(routine) a
+  ), found(loc, message, hint) as (
+    select array['routine'], format('argument %s of %s is passed by nothing and has no default', coalesce(nullif(a.name, ''), '#' || a.ordinal), routine::regprocedure),
+           case when a.name = '' then 'name the argument: b2s passes arguments by name'
+                else format('declare it as a param, map it under args, or give it a default; b2s itself passes p_mode, p_since, p_until and p_run_id') end
+      from arguments a where a.is_input and not a.is_output and a.binding is null and a.default_sql is null
+    union all
+    select array['params', p->>'name'], format('%s has no argument for param %s', routine::regprocedure, p->>'name'),
+           format('name an argument %s or p_%s, or map it: args: {%s: argument_name}', p->>'name', p->>'name', p->>'name')
+      from jsonb_array_elements(procedure->'params') p
+     where not exists (select from arguments a where a.binding = p->>'name')
+    union all
+    select array['args', g.key], format('%s has no argument %s', routine::regprocedure, g.value), 'correct the name under args'
+      from jsonb_each_text(procedure->'args') g
+     where not exists (select from arguments a where a.name = g.value and (g.key <> 'rows' or a.is_output))
+    union all
+    select array['watermark'], format('%s declares no window (p_since or p_until), so the watermark would move over rows it never read', routine::regprocedure),
+           'declare p_since and p_until and use them, or remove the watermark'
+     where jsonb_typeof(procedure->'watermark') = 'object' and not exists (select from arguments a where a.binding in ('p_since', 'p_until'))
+    union all
+    select array['routine'], format('argument %s of %s is of type %s; the %s strategy passes %s', a.name, routine::regprocedure, a.type,
+             procedure#>>'{watermark,strategy}', w.types[1]),
+           format('declare it as one of: %s', array_to_string(w.types, ', '))
+      from arguments a
+      join (values ('timestamp', array['timestamp with time zone', 'timestamp without time zone', 'text']),
+                   ('id', array['bigint', 'numeric', 'text']), ('xid', array['pg_snapshot', 'text'])) w(strategy, types)
+        on w.strategy = procedure#>>'{watermark,strategy}'
+     where a.binding in ('p_since', 'p_until') and a.type <> all (w.types)
+    union all
+    select array['routine'], format('role etl_owner, as which steps run, may not execute %s', routine::regprocedure),
+           format('grant usage on schema %I to etl_owner; grant execute on routine %s to etl_owner', n.nspname, routine::regprocedure)
+      from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+     where p.oid = routine and not (has_schema_privilege('etl_owner', n.oid, 'usage') and has_function_privilege('etl_owner', p.oid, 'execute'))
+  )
+  select coalesce(jsonb_agg(etl._config_problem(jsonb_build_array('procedures', procedure->>'name') || to_jsonb(f.loc), f.message, f.hint)), '[]')
+    from found f
+$$;
+comment on function etl._routine_problems(oid, jsonb) is 'What makes a routine unusable as it is configured.';
+revoke all on function etl._routine_problems(oid, jsonb) from public;
+
+create or replace function etl._refresh_problems(procedure jsonb) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(etl._config_problem(jsonb_build_array('procedures', procedure->>'name', 'mv_refresh', m.name), q.message, q.hint)), '[]')
+    from (select t->>'name' as name, to_regclass(t->>'name') as oid from jsonb_array_elements(procedure->'mv_refresh') t) m
+    left join pg_catalog.pg_class c on c.oid = m.oid
+    cross join lateral (select
+      case when c.oid is null then format('materialized view %s does not exist', m.name)
+           when c.relkind <> 'm' then format('%s is not a materialized view', m.name)
+           when not (pg_has_role('etl_owner', c.relowner, 'usage')
+                     or case when current_setting('server_version_num')::int >= 170000 then has_table_privilege('etl_owner', c.oid, 'maintain') else false end)
+             then format('role etl_owner, as which refreshes run, does not own %s', m.name) end as message,
+      case when c.oid is null then 'create it before you run b2s sync-config, or correct the name (schema.name)'
+           when c.relkind <> 'm' then 'name a materialized view'
+           else format('alter materialized view %s owner to etl_owner', m.name) end as hint) q
+   where q.message is not null
+$$;
+comment on function etl._refresh_problems(jsonb) is 'What is wrong with the refresh targets of a configured procedure.';
+revoke all on function etl._refresh_problems(jsonb) from public;
+
+create or replace function etl._watermark_problems(procedure jsonb) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(etl._config_problem(jsonb_build_array('procedures', procedure->>'name', 'watermark', 'source'), q.message, q.hint)), '[]')
+    from (select s as source, parse_ident(s) as parts from jsonb_array_elements_text(case jsonb_typeof(procedure->'watermark') when 'object' then procedure#>'{watermark,source}' else '[]' end) s) s
+    left join pg_catalog.pg_attribute a on a.attrelid = to_regclass(format('%I.%I', s.parts[1], s.parts[2])) and a.attname = s.parts[3]
+      and a.attnum > 0 and not a.attisdropped
+    join (values ('timestamp', array['timestamp with time zone', 'timestamp without time zone']), ('id', array['smallint', 'integer', 'bigint']),
+                 ('xid', array['xid8'])) w(strategy, types) on w.strategy = procedure#>>'{watermark,strategy}'
+    cross join lateral (select
+      case when to_regclass(format('%I.%I', s.parts[1], s.parts[2])) is null then format('table %s.%s does not exist', s.parts[1], s.parts[2])
+           when a.attname is null then format('table %s.%s has no column %s', s.parts[1], s.parts[2], s.parts[3])
+           when format_type(a.atttypid, null) <> all (w.types)
+             then format('%s is of type %s, the %s strategy needs %s', s.source, format_type(a.atttypid, null), w.strategy, array_to_string(w.types, ' or '))
+           when not has_column_privilege('etl_owner', a.attrelid, a.attnum, 'select') then format('role etl_owner may not read %s', s.source) end as message,
+      case when a.attname is not null and format_type(a.atttypid, null) = any (w.types)
+           then format('grant usage on schema %I to etl_owner; grant select on %I.%I to etl_owner', s.parts[1], s.parts[1], s.parts[2])
+           else 'source is schema.table.column of the rows the routine reads' end as hint) q
+   where q.message is not null
+$$;
+comment on function etl._watermark_problems(jsonb) is 'What is wrong with the watermark sources of a configured procedure.';
+revoke all on function etl._watermark_problems(jsonb) from public;
+
+-- Relations between procedures: a program that writes the document itself may not have checked them.
+create or replace function etl._relation_problems(config jsonb) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  with procedure as (
+    select p->>'name' as name, p as definition from jsonb_array_elements(config->'procedures') p
+  ), dependency as (
+    select p.name, d as needs, p.definition, q.definition as needed from procedure p
+      cross join lateral jsonb_array_elements_text(p.definition->'dependencies') d left join procedure q on q.name = d
+  ), found(loc, message, hint) as (
+    select jsonb_build_array('procedures', d.name, 'dependencies'), format('%s depends on %s, which is not in this pipeline', d.name, d.needs), 'correct the name, or add the procedure'
+      from dependency d where d.needed is null
+    union all
+    select jsonb_build_array('procedures', d.name, 'dependencies'), format('dimension %s depends on fact %s', d.name, d.needs),
+           'remove the dependency, or declare it: allow_fact_dependency: true'
+      from dependency d where d.definition->>'type' = 'dimension' and d.needed->>'type' = 'fact' and d.definition->'allow_fact_dependency' <> 'true'
+    union all
+    select jsonb_build_array('procedures', min(p.name), 'name'), format('procedure %s is defined %s times', p.name, count(*)), 'names are unique in a pipeline'
+      from procedure p group by p.name having count(*) > 1
+    union all
+    select jsonb_build_array('procedures', max(p.name), 'watermark', 'state_key'),
+           format('state_key %s is shared by %s, which do not always run together', p.definition#>>'{watermark,state_key}', string_agg(p.name, ', ' order by p.name)),
+           'give each its own state_key, or put them into one group with transaction_scope: per_group'
+      from procedure p where jsonb_typeof(p.definition->'watermark') = 'object' group by p.definition#>>'{watermark,state_key}'
+    having count(*) > 1 and (count(distinct p.definition->>'group') <> 1 or bool_or(p.definition->>'group' is null)
+                             or bool_or(p.definition->>'transaction_scope' <> 'per_group'))
+    union all
+    select jsonb_build_array('procedures', p.name, 'watermark', 'state_key'),
+           format('state_key %s belongs to procedure %s of pipeline %s', o.state_key, o.name, l.name), 'give it its own state_key'
+      from procedure p
+      join etl.procedures o on o.state_key = p.definition#>>'{watermark,state_key}' and o.is_active
+      join etl.pipelines l using (pipeline_id)
+     where l.name <> config->>'pipeline'
+  )
+  select coalesce(jsonb_agg(etl._config_problem(f.loc, f.message, f.hint)), '[]') from found f
+$$;
+comment on function etl._relation_problems(jsonb) is 'What is wrong with the relations between the procedures of a configuration.';
+revoke all on function etl._relation_problems(jsonb) from public;

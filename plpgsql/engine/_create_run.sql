@@ -1,0 +1,184 @@
+-- Storing a plan as a run.
+
+-- What waits for what among the scopes of a plan. Steps of one phase come before the next barrier and after the last one.
+create or replace function etl._plan_edges(items etl.plan_item[])
+returns table (from_scope int, to_scope int, is_required boolean)
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select f.scope_index, t.scope_index, bool_or(e.is_required)
+    from etl._selected_edges((select array_agg(i.procedure_id) from unnest(items) i where i.kind = 'steps')) e
+    join unnest(items) f on f.procedure_id = e.from_id
+    join unnest(items) t on t.procedure_id = e.to_id
+   where f.scope_index <> t.scope_index
+   group by f.scope_index, t.scope_index
+  union all
+  select s.scope_index, min(b.scope_index), false
+    from (select distinct i.scope_index from unnest(items) i where i.kind = 'steps') s
+    join unnest(items) b on b.kind = 'barrier' and b.scope_index > s.scope_index
+   group by s.scope_index
+  union all
+  select max(b.scope_index), s.scope_index, false
+    from (select distinct i.scope_index from unnest(items) i where i.kind = 'steps' or i.refresh_after = 'run') s
+    join unnest(items) b on b.kind = 'barrier' and b.scope_index < s.scope_index
+   group by s.scope_index
+  union
+  select s.scope_index, r.scope_index, false
+    from unnest(items) r
+    join unnest(items) s on s.order_index = any (r.feeders) or s.scope_index = any (r.depends_on)
+   where r.kind = 'refresh' and (r.refresh_after <> 'run' or s.kind = 'refresh')
+$$;
+comment on function etl._plan_edges(etl.plan_item[]) is 'Edges among the scopes of a plan: requirements, and mere order.';
+revoke all on function etl._plan_edges(etl.plan_item[]) from public;
+
+create or replace function etl._insert_scopes(run_id bigint, items etl.plan_item[]) returns void
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  with edges as materialized (
+    select * from etl._plan_edges(items)
+  ), outgoing as (
+    select from_scope, array_agg(to_scope order by to_scope) filter (where is_required) as required_by,
+           array_agg(to_scope order by to_scope) filter (where not is_required) as precedes
+      from edges group by from_scope
+  )
+  insert into etl.run_scopes (run_id, scope_index, kind, isolation, first_order_index, last_order_index, required_by, precedes,
+                              remaining_dependencies)
+  select _insert_scopes.run_id, s.scope_index, s.kind, s.isolation, s.first_order_index, s.last_order_index,
+         coalesce(o.required_by, '{}'), coalesce(o.precedes, '{}'), coalesce(w.waits_for, 0)
+    from (select i.scope_index, i.kind, min(i.order_index) as first_order_index, max(i.order_index) as last_order_index,
+                 case when bool_or(p.isolation = 'serializable') then 'serializable'
+                      when bool_or(p.isolation = 'repeatable read') then 'repeatable read'
+                      else 'read committed' end as isolation
+            from unnest(items) i left join etl.procedures p using (procedure_id)
+           group by i.scope_index, i.kind) s
+    left join outgoing o on o.from_scope = s.scope_index
+    left join (select e.to_scope, count(*) as waits_for from edges e group by e.to_scope) w on w.to_scope = s.scope_index
+$$;
+comment on function etl._insert_scopes(bigint, etl.plan_item[]) is 'Stores the scopes of a plan with their dependency counters.';
+revoke all on function etl._insert_scopes(bigint, etl.plan_item[]) from public;
+
+-- What a procedure depends on, whether the run includes it, and if not, how old it is.
+create or replace function etl._dependency_snapshot(procedure_id int, selected int[]) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(
+           case when p.procedure_id = any (selected) then jsonb_build_object('procedure', p.name, 'in_run', true)
+                else jsonb_build_object('procedure', p.name, 'in_run', false, 'last_success_at', etl._last_success_at(p.procedure_id)) end
+           order by p.name), '[]')
+    from etl.dependencies d join etl.procedures p on p.procedure_id = d.depends_on_id
+   where d.procedure_id = _dependency_snapshot.procedure_id
+$$;
+comment on function etl._dependency_snapshot(int, int[]) is 'The dependencies of a procedure as they stand when a run is planned.';
+revoke all on function etl._dependency_snapshot(int, int[]) from public;
+
+create or replace function etl._last_success_at(procedure_id int) returns timestamptz
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select r.ended_at from etl.procedure_runs r
+   where r.procedure_id = _last_success_at.procedure_id and r.status = 'succeeded' order by r.run_id desc limit 1
+$$;
+comment on function etl._last_success_at(int) is 'When a procedure last succeeded, or null.';
+revoke all on function etl._last_success_at(int) from public;
+grant execute on function etl._last_success_at(int) to etl_reader;
+
+create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[]) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_selected int[] := (select array_agg(i.procedure_id) from unnest(items) i where i.kind = 'steps');
+begin
+  insert into etl.procedure_runs (run_id, order_index, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
+    tx_scope, isolation, parameters, dependencies, statement, rows_column, watermark_strategy, state_key)
+  select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
+         i.parameters, etl._dependency_snapshot(p.procedure_id, v_selected), p.call_sql, p.rows_column, p.watermark_strategy, p.state_key
+    from unnest(items) i
+    join etl.procedures p using (procedure_id)
+    join etl.run_scopes s on s.run_id = _insert_steps.run_id and s.scope_index = i.scope_index
+    left join etl.group_members m on m.procedure_id = p.procedure_id
+    left join etl.groups g using (group_id)
+   where i.kind = 'steps'
+   order by i.order_index;
+  insert into etl.mv_refreshes (run_id, scope_index, refresh_target_id, mv_name, refresh_after, refresh_on, concurrency, feeders, depends_on)
+  select _insert_steps.run_id, i.scope_index, i.refresh_target_id, i.mv_name, i.refresh_after, i.refresh_on, i.concurrency, i.feeders, i.depends_on
+    from unnest(items) i
+   where i.kind = 'refresh';
+end $$;
+comment on function etl._insert_steps(bigint, etl.plan_item[]) is 'Stores the steps and refreshes of a plan.';
+revoke all on function etl._insert_steps(bigint, etl.plan_item[]) from public;
+
+-- The caller holds the run lock, so a run still 'running' has no living worker: what it did is recorded, what it did not is over.
+create or replace function etl._abandon_orphans(pipeline_id int) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_run etl.runs;
+begin
+  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_orphans.pipeline_id and r.status = 'running' for update loop
+    update etl.procedure_runs p set status = 'abandoned', ended_at = clock_timestamp()
+     where p.run_id = v_run.run_id and p.ended_at is null;
+    update etl.mv_refreshes m set status = 'abandoned', ended_at = clock_timestamp()
+     where m.run_id = v_run.run_id and m.ended_at is null;
+    update etl.runs r
+       set status = 'abandoned', ended_at = clock_timestamp(), error_code = 'run.abandoned',
+           error_message = format('the session that executed the run (backend %s) is gone: it was ended, or the server stopped', v_run.worker_pid)
+     where r.run_id = v_run.run_id;
+    raise warning 'run % was abandoned: its session is gone; what it committed stays, the rest was rolled back', v_run.run_id;
+  end loop;
+end $$;
+comment on function etl._abandon_orphans(int) is 'Marks runs whose worker died as abandoned. The caller holds the run lock.';
+revoke all on function etl._abandon_orphans(int) from public;
+
+create or replace function etl._create_run(request jsonb, pipeline_id int, max_concurrency int, items etl.plan_item[]) returns bigint
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_run_id bigint;
+begin
+  insert into etl.runs (pipeline_id, config_version_id, mode, as_of, parameters, request, idempotency_key, fingerprint, requested_by,
+    application_name, approved_by, reason, max_concurrency, step_count, started_at, status, worker_pid)
+  select _create_run.pipeline_id, (select max(v.config_version_id) from etl.config_versions v where v.pipeline_id = _create_run.pipeline_id),
+         request->>'mode', (request->>'as_of')::timestamptz,
+         (select coalesce(jsonb_object_agg(p.name, i.parameters) filter (where i.parameters <> '{}'), '{}')
+            from unnest(items) i join etl.procedures p using (procedure_id)),
+         request, request->>'idempotency_key', etl._fingerprint(request), etl._requester(), current_setting('application_name'),
+         coalesce(request->>'approved_by', case when request->>'mode' = 'full' then etl._requester() end), request->>'reason',
+         _create_run.max_concurrency, (select count(*) from unnest(items) i where i.kind = 'steps'),
+         clock_timestamp(), 'running', pg_backend_pid()
+  returning run_id into v_run_id;
+  perform etl._insert_scopes(v_run_id, items);
+  perform etl._insert_steps(v_run_id, items);
+  return v_run_id;
+end $$;
+comment on function etl._create_run(jsonb, int, int, etl.plan_item[]) is 'Stores a planned request as a run that this session executes.';
+revoke all on function etl._create_run(jsonb, int, int, etl.plan_item[]) from public;
+
+create or replace function etl._fingerprint(request jsonb) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select encode(sha256(convert_to((request - 'idempotency_key')::text, 'UTF8')), 'hex')
+$$;
+comment on function etl._fingerprint(jsonb) is 'sha256 of a request without its idempotency key.';
+revoke all on function etl._fingerprint(jsonb) from public;
+
+-- From a request to a run that this session owns, or to the run that the same idempotency key already has.
+--
+-- Requests with the same key pass one at a time: the second one sees what the first committed.
+create or replace function etl._begin_run(request jsonb, out run_id bigint, out pipeline_id int, out status text, out is_new boolean)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_known etl.runs;
+  v_plan  record;
+begin
+  if request ? 'idempotency_key' then
+    perform pg_advisory_xact_lock(hashtextextended('b2s idempotency key ' || (request->>'idempotency_key'), 0));
+    select * into v_known from etl.runs r where r.idempotency_key = _begin_run.request->>'idempotency_key';
+    if found then
+      if v_known.fingerprint <> etl._fingerprint(request) then
+        perform etl._fail('PT409', 'idempotency_key.reused',
+          format('idempotency key %s belongs to run %s, which was asked for something else', v_known.idempotency_key, v_known.run_id),
+          'use a new key for a new request', jsonb_build_object('run_id', v_known.run_id, 'request', v_known.request));
+      end if;
+      run_id := v_known.run_id; pipeline_id := v_known.pipeline_id; status := v_known.status; is_new := false;
+      return;
+    end if;
+  end if;
+  v_plan := etl._plan(request);
+  perform etl._acquire(v_plan.pipeline_id);
+  perform etl._abandon_orphans(v_plan.pipeline_id);
+  run_id := etl._create_run(request, v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items); pipeline_id := v_plan.pipeline_id; status := 'running'; is_new := true;
+end $$;
+comment on function etl._begin_run(jsonb) is
+  'Plans a request and stores it as a run owned by this session. Raises PT409 idempotency_key.reused or run.active.';
+revoke all on function etl._begin_run(jsonb) from public;
+grant execute on function etl._begin_run(jsonb) to etl_operator;

@@ -1,0 +1,79 @@
+-- The run lock: advisory lock (6435443, pipeline_id), hand over hand.
+--
+-- It is held at transaction level while code runs, so that any error releases it, and at session level only across
+-- a COMMIT or ROLLBACK, so that nobody slips in between. Whoever dies leaves no lock: a run in status 'running'
+-- whose lock is free is dead now, not after a timeout. The one leak there is, a COMMIT that itself fails, is
+-- healed by the same session's next start and named to everybody else's.
+create or replace function etl._hold(pipeline_id int) returns void
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select pg_advisory_lock(6435443, pipeline_id)
+$$;
+comment on function etl._hold(int) is 'Takes the run lock at session level, just before a COMMIT or ROLLBACK.';
+revoke all on function etl._hold(int) from public;
+grant execute on function etl._hold(int) to etl_operator;
+
+create or replace function etl._rehold(pipeline_id int) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  perform pg_advisory_xact_lock(6435443, pipeline_id);
+  perform pg_advisory_unlock(6435443, pipeline_id);
+end $$;
+comment on function etl._rehold(int) is 'Takes the run lock at transaction level again, just after a COMMIT or ROLLBACK.';
+revoke all on function etl._rehold(int) from public;
+grant execute on function etl._rehold(int) to etl_operator;
+
+create or replace function etl._acquire(pipeline_id int) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_holder record;
+begin
+  -- Session-level holds of our own were left by an earlier CALL of this session whose COMMIT failed.
+  while exists (select from pg_catalog.pg_locks l
+                 where l.locktype = 'advisory' and l.pid = pg_backend_pid() and l.classid = 6435443
+                   and l.objid = pipeline_id::oid and l.objsubid = 2 and l.granted) loop
+    exit when not pg_advisory_unlock(6435443, pipeline_id);
+  end loop;
+  if not pg_try_advisory_xact_lock_shared(6435443, 0) then
+    perform etl._fail('PT409', 'install.active', 'b2s is being upgraded in this database', 'try again in a moment');
+  end if;
+  if pg_try_advisory_xact_lock(6435443, pipeline_id) then return; end if;
+  select l.pid, a.usename, a.application_name, r.run_id,
+         exists (select from pg_catalog.pg_locks v where v.pid = l.pid and v.locktype = 'virtualxid') as is_busy
+    into v_holder
+    from pg_catalog.pg_locks l
+    left join pg_catalog.pg_stat_activity a on a.pid = l.pid
+    left join etl.runs r on r.pipeline_id = _acquire.pipeline_id and r.status = 'running'
+   where l.locktype = 'advisory' and l.classid = 6435443 and l.objid = _acquire.pipeline_id::oid and l.objsubid = 2 and l.granted
+     and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database());
+  perform etl._fail('PT409', 'run.active',
+    format('run %s of this pipeline is active', coalesce(v_holder.run_id::text, '(being started)')),
+    case when v_holder.is_busy is false
+      then format('backend %s holds the run lock but is idle: its CALL failed in COMMIT; end that session: select pg_terminate_backend(%s)',
+                  v_holder.pid, v_holder.pid)
+      else format('wait for it, or stop it: select etl.cancel_run(%s, reason => ''...'')', coalesce(v_holder.run_id::text, 'run_id'))
+    end,
+    jsonb_build_object('run_id', v_holder.run_id, 'pid', v_holder.pid, 'user', v_holder.usename,
+                       'application_name', v_holder.application_name));
+end $$;
+comment on function etl._acquire(int) is
+  'Takes the run lock of a pipeline for this transaction. Raises PT409 run.active, naming the run and the session that hold it.';
+revoke all on function etl._acquire(int) from public;
+
+create or replace function etl._check_owner(run_id bigint) returns etl.runs
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_run etl.runs;
+begin
+  select * into v_run from etl.runs r where r.run_id = _check_owner.run_id;
+  if v_run.status = 'running' and v_run.worker_pid = pg_backend_pid()
+     and pg_try_advisory_xact_lock(6435443, v_run.pipeline_id) then
+    return v_run;
+  end if;
+  raise exception using errcode = '42501',
+    message = format('this session does not execute run %s', run_id),
+    detail = jsonb_build_object('code', 'run.not_owned')::text,
+    hint = 'engine helpers are called by etl.start_run only: call etl.start_run(...)';
+end $$;
+comment on function etl._check_owner(bigint) is
+  'The run, if this very session executes it: it holds the run lock and is the recorded worker. Else raises 42501.';
+revoke all on function etl._check_owner(bigint) from public;

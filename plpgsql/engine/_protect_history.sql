@@ -1,0 +1,31 @@
+-- Ended runs and attempts, and everything append-only, cannot be changed or deleted by any role, the owner included.
+create or replace function etl._refuse_change() returns trigger
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  perform etl._fail('PT409', 'history.immutable',
+    format('%s refused: what etl.%s says has ended and cannot be changed', tg_op, tg_table_name),
+    'history is kept as it happened; to correct data, start another run',
+    jsonb_build_object('table', 'etl.' || tg_table_name));
+end $$;
+comment on function etl._refuse_change() is 'Trigger: refuses to change history. Raises PT409 history.immutable.';
+revoke all on function etl._refuse_change() from public;
+
+create or replace trigger an_ended_run_is_immutable before update or delete on etl.runs
+  for each row when (old.ended_at is not null) execute function etl._refuse_change();
+create or replace trigger an_ended_attempt_is_immutable before update or delete on etl.procedure_runs
+  for each row when (old.ended_at is not null) execute function etl._refuse_change();
+create or replace trigger an_ended_refresh_is_immutable before update or delete on etl.mv_refreshes
+  for each row when (old.ended_at is not null) execute function etl._refuse_change();
+create or replace trigger config_versions_are_append_only before update or delete on etl.config_versions
+  for each row execute function etl._refuse_change();
+create or replace trigger state_history_is_append_only before update or delete on etl.state_history
+  for each row execute function etl._refuse_change();
+create or replace trigger freezes_are_append_only before update or delete on etl.full_refresh_freezes
+  for each row execute function etl._refuse_change();
+
+create or replace trigger runs_are_not_truncated before truncate on etl.runs execute function etl._refuse_change();
+create or replace trigger attempts_are_not_truncated before truncate on etl.procedure_runs execute function etl._refuse_change();
+create or replace trigger refreshes_are_not_truncated before truncate on etl.mv_refreshes execute function etl._refuse_change();
+create or replace trigger config_versions_are_not_truncated before truncate on etl.config_versions execute function etl._refuse_change();
+create or replace trigger state_history_is_not_truncated before truncate on etl.state_history execute function etl._refuse_change();
+create or replace trigger freezes_are_not_truncated before truncate on etl.full_refresh_freezes execute function etl._refuse_change();

@@ -1,0 +1,135 @@
+-- After a scope was rolled back: what failed, what that means for the rest of the run, and whether to try again.
+
+-- Everything that needs one of these scopes, directly or not, and was not started.
+create or replace function etl._requiring_scopes(run_id bigint, scope_index int) returns int[]
+language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+  with recursive down(scope_index) as (
+    select unnest(s.required_by) from etl.run_scopes s
+     where s.run_id = _requiring_scopes.run_id and s.scope_index = _requiring_scopes.scope_index
+    union
+    select unnest(s.required_by) from down d join etl.run_scopes s on s.run_id = _requiring_scopes.run_id and s.scope_index = d.scope_index
+  )
+  select array_agg(d.scope_index) from down d
+    join etl.run_scopes s on s.run_id = _requiring_scopes.run_id and s.scope_index = d.scope_index and s.status = 'pending'
+$$;
+comment on function etl._requiring_scopes(bigint, int) is 'The pending scopes that need one to succeed, transitively, or null.';
+revoke all on function etl._requiring_scopes(bigint, int) from public;
+
+-- The new attempt has the same window, parameters and statement.
+create or replace function etl._prepare_attempt(scope etl.run_scopes) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+begin
+  insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
+    tx_scope, isolation, parameters, dependencies, statement, rows_column, watermark_strategy, state_key, window_since, window_until)
+  select p.run_id, p.order_index, p.attempt + 1, p.scope_index, p.procedure_id, p.procedure_name, p.procedure_type, p.group_name, p.mode,
+         p.tx_scope, p.isolation, p.parameters, p.dependencies, p.statement, p.rows_column, p.watermark_strategy, p.state_key,
+         p.window_since, p.window_until
+    from etl.procedure_runs p
+   where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt;
+  update etl.run_scopes s set status = 'pending', attempt = s.attempt + 1, worker_pid = null
+   where s.run_id = scope.run_id and s.scope_index = scope.scope_index;
+end $$;
+comment on function etl._prepare_attempt(etl.run_scopes) is 'Plans the next attempt of a whole scope.';
+revoke all on function etl._prepare_attempt(etl.run_scopes) from public;
+
+create or replace function etl._record_step_failure(scope etl.run_scopes, failure jsonb, failed_status text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+declare
+  -- An error outside every step (a deferred constraint, the serialization probe) belongs to the last one.
+  v_failed int := coalesce((failure->>'order_index')::int, scope.last_order_index);
+  v_step   etl.procedure_runs;
+begin
+  for v_step in
+    update etl.procedure_runs p
+       set status = case when p.order_index = v_failed then failed_status
+                         when failed_status = 'cancelled' then 'cancelled' else 'rolled_back' end,
+           ended_at = clock_timestamp(),
+           error_class = case when p.order_index = v_failed then failure->>'class' end,
+           error_code = case when p.order_index = v_failed then failure->>'code' end,
+           sqlstate = case when p.order_index = v_failed then failure->>'sqlstate' end,
+           error_message = case when p.order_index = v_failed then failure->>'message'
+                                else format('rolled back with its group: step %s failed', v_failed) end,
+           error_detail = case when p.order_index = v_failed then failure->>'detail' end,
+           error_hint = case when p.order_index = v_failed then failure->>'hint' end,
+           error_context = case when p.order_index = v_failed then failure->>'context' end
+     where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index
+       and p.attempt = scope.attempt
+    returning p.*
+  loop
+    perform etl._announce(jsonb_build_array(etl._step_event('step_' || v_step.status, v_step, jsonb_strip_nulls(jsonb_build_object(
+      'duration_ms', v_step.duration_ms, 'error_class', v_step.error_class, 'error_code', v_step.error_code,
+      'error_message', v_step.error_message)))));
+  end loop;
+end $$;
+comment on function etl._record_step_failure(etl.run_scopes, jsonb, text) is 'Writes the outcome of every step of a scope that was rolled back.';
+revoke all on function etl._record_step_failure(etl.run_scopes, jsonb, text) from public;
+
+-- Milliseconds to wait before the next attempt, or null when there is none: exponential with jitter.
+create or replace function etl._retry_delay(scope etl.run_scopes, failure jsonb) returns float8
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select least(p.max_backoff_ms, p.backoff_ms * 2.0 ^ (scope.attempt - 1)) * (0.5 + random() / 2)
+    from etl.procedure_runs s join etl.procedures p using (procedure_id)
+   where failure->>'class' = 'transient' and s.run_id = scope.run_id and s.attempt = scope.attempt
+     and s.order_index = coalesce((failure->>'order_index')::int, scope.last_order_index) and scope.attempt < p.max_attempts
+$$;
+comment on function etl._retry_delay(etl.run_scopes, jsonb) is 'Milliseconds until the next attempt of a scope, or null when it is not to be tried again.';
+revoke all on function etl._retry_delay(etl.run_scopes, jsonb) from public;
+
+create or replace function etl._record_refresh_failure(scope etl.run_scopes, failure jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_refresh etl.mv_refreshes;
+begin
+  update etl.mv_refreshes m
+     set status = case when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end, ended_at = clock_timestamp(),
+         error_code = failure->>'code', error_message = failure->>'message', error_hint = failure->>'hint'
+   where m.run_id = scope.run_id and m.scope_index = scope.scope_index
+  returning m.* into v_refresh;
+  perform etl._announce(jsonb_build_array(jsonb_build_object('event', 'refresh_' || v_refresh.status, 'run_id', v_refresh.run_id,
+    'mv_name', v_refresh.mv_name, 'duration_ms', v_refresh.duration_ms, 'error_code', v_refresh.error_code,
+    'error_message', v_refresh.error_message)));
+end $$;
+comment on function etl._record_refresh_failure(etl.run_scopes, jsonb) is 'Writes the failure of a refresh; the data stays.';
+revoke all on function etl._record_refresh_failure(etl.run_scopes, jsonb) from public;
+
+-- Returns the milliseconds to wait before the scope is claimed again, or null: the run goes on with what is left.
+create or replace function etl._record_failure(run_id bigint, scope_index int, failure jsonb) returns float8
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_run   etl.runs := etl._check_owner(run_id);
+  v_scope etl.run_scopes;
+  v_delay float8;
+  v_stops boolean;
+begin
+  select * into strict v_scope from etl.run_scopes s
+   where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index and s.status = 'running';
+  -- Nobody cancels one statement to see the next one start: a cancel ends the run.
+  if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then
+    update etl.runs r set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = failure->>'message'
+     where r.run_id = _record_failure.run_id;
+  end if;
+  if v_scope.kind = 'refresh' then
+    perform etl._record_refresh_failure(v_scope, failure);
+  else
+    if v_run.cancel_requested_at is null then v_delay := etl._retry_delay(v_scope, failure); end if;
+    perform etl._record_step_failure(v_scope, failure,
+      case when v_delay is not null then 'retrying' when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end);
+    if v_delay is not null then
+      perform etl._prepare_attempt(v_scope);
+      return v_delay;
+    end if;
+  end if;
+  update etl.run_scopes s set status = 'ended' where s.run_id = v_scope.run_id and s.scope_index = v_scope.scope_index;
+  perform etl._release(run_id, array[scope_index]);
+  perform etl._skip_scopes(run_id, etl._requiring_scopes(run_id, scope_index),
+                           case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
+  select bool_or(p.on_failure = 'stop') into v_stops
+    from etl.procedure_runs s join etl.procedures p using (procedure_id)
+   where s.run_id = _record_failure.run_id and s.order_index between v_scope.first_order_index and v_scope.last_order_index;
+  if v_stops then perform etl._skip_pending(run_id, 'stopped'); end if;
+  return null;
+end $$;
+comment on function etl._record_failure(bigint, int, jsonb) is
+  'Records why a scope was rolled back, skips what needs it, or plans the next attempt. Called by the engine only.';
+revoke all on function etl._record_failure(bigint, int, jsonb) from public;
+grant execute on function etl._record_failure(bigint, int, jsonb) to etl_operator;

@@ -1,0 +1,36 @@
+-- dry_run => 'execute': the engine's own helpers run every scope in one transaction that is rolled back, so that later
+-- steps see what earlier ones wrote and the row counts are true. Isolation levels are the caller's; nothing is waited for.
+create or replace function etl._rehearse(request jsonb, out steps etl.procedure_runs[], out refreshes etl.mv_refreshes[])
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_plan   record := etl._plan(request);
+  v_run_id bigint;
+  v_next   record;
+  v_ended  int;
+  v_result jsonb;
+  v_seen   jsonb := etl._change_baseline();
+  v_name   text := current_setting('application_name');
+begin
+  perform etl._acquire(v_plan.pipeline_id);
+  begin
+    perform etl._abandon_orphans(v_plan.pipeline_id);
+    v_run_id := etl._create_run(request - 'idempotency_key', v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items);
+    loop
+      select * into v_next from etl._claim(v_run_id, v_ended, coalesce(v_result->'events', '[]'));
+      exit when v_next.action = 'done';
+      if v_next.kind = 'refresh' then v_result := etl._execute_refresh(v_run_id, v_next.scope_index);
+      else v_result := etl._execute_scope(v_run_id, v_next.scope_index, v_seen); end if;
+      v_ended := case when not v_result ? 'failure' then v_next.scope_index end;
+      if v_result ? 'failure' then perform etl._record_failure(v_run_id, v_next.scope_index, v_result->'failure'); end if;
+      v_seen := coalesce(v_result->'seen', etl._change_baseline());
+    end loop;
+    select array_agg(p order by p.order_index, p.attempt) into steps from etl.procedure_runs p where p.run_id = v_run_id;
+    select array_agg(m order by m.scope_index) into refreshes from etl.mv_refreshes m where m.run_id = v_run_id;
+    raise exception using errcode = 'PT200', message = 'rehearsal over';
+  exception when sqlstate 'PT200' then
+    perform set_config('application_name', v_name, false);
+  end;
+end $$;
+comment on function etl._rehearse(jsonb) is 'Runs a request and rolls everything back; returns what would have been recorded.';
+revoke all on function etl._rehearse(jsonb) from public;
+grant execute on function etl._rehearse(jsonb) to etl_operator;

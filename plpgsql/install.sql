@@ -1,0 +1,82 @@
+-- b2s, installed or upgraded with psql alone:
+--
+--   psql -v ON_ERROR_STOP=1 -d DATABASE -f plpgsql/install.sql
+--
+-- One transaction: everything or nothing. b2s migrate does the same from Python and reads this file as its manifest.
+--
+-- The model. A PIPELINE is a set of configured PROCEDURES; a RUN executes some of them, each as a STEP. Steps are grouped
+-- into SCOPES, one transaction each. etl._plan turns a request into scopes in topological order; etl._create_run stores
+-- them with counters of what they wait for; etl._walk, the only code that commits, claims one scope after another
+-- (etl._claim), executes it in one subtransaction (etl._execute_scope) and commits data, watermark and outcome together,
+-- or rolls back and records why (etl._record_failure). A run lock held by the session that walks tells the living from
+-- the dead. Tables are history: migrations/, each applied once and frozen. Routines are a snapshot: all are written anew
+-- by every install, and those that a release no longer has are dropped.
+\set ON_ERROR_STOP on
+\set ON_ERROR_ROLLBACK off
+\set QUIET on
+\set version 0.1.0
+
+begin;
+select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
+\ir install/begin.sql
+
+-- Tables
+\set migration 0001_catalog
+\set sha256 443e0f38d79a9f5ce07ee2eb2f5e73f1981cc67aac00b804430806c63bb445f4
+\ir install/migration.sql
+\set migration 0002_runtime
+\set sha256 d54eaaa78c8069ef74720872233c6cb60268424669454dd0b8f7400e2fd39541
+\ir install/migration.sql
+
+-- Engine
+\ir engine/_fail.sql
+\ir engine/_requester.sql
+\ir engine/_atomic_message.sql
+\ir engine/_fail_in_transaction.sql
+\ir engine/_lock.sql
+\ir engine/_protect_history.sql
+\ir engine/_parameters.sql
+\ir engine/_graph.sql
+\ir engine/_order_procedures.sql
+\ir engine/_select_procedures.sql
+\ir engine/_check_full_refresh.sql
+\ir engine/_place_refreshes.sql
+\ir engine/_plan.sql
+\ir engine/_request.sql
+\ir engine/_render_call.sql
+\ir engine/_create_run.sql
+\ir engine/_window.sql
+\ir engine/_claim.sql
+\ir engine/_errors.sql
+\ir engine/_events.sql
+\ir engine/_count_changes.sql
+\ir engine/_run_checks.sql
+\ir engine/_execute_scope.sql
+\ir engine/_execute_refresh.sql
+\ir engine/_record_failure.sql
+\ir engine/_finish_run.sql
+\ir engine/_rehearse.sql
+\ir engine/_compile_call.sql
+\ir engine/_compile_check.sql
+\ir engine/_config_problems.sql
+\ir engine/_config.sql
+\ir engine/_check_config.sql
+\ir engine/_store_config.sql
+
+-- Verbs
+\ir api/arrived.sql
+\ir api/start_run.sql
+\ir api/plan_run.sql
+\ir api/get_run.sql
+\ir api/list_procedures.sql
+\ir api/cancel_run.sql
+\ir api/freeze_full_refresh.sql
+\ir api/plan_config.sql
+\ir api/apply_config.sql
+
+-- Views
+\ir views.sql
+
+\ir install/finish.sql
+commit;
+\echo b2s :version is installed

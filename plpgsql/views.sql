@@ -1,0 +1,54 @@
+-- What people and programs read.
+
+create or replace view etl.run_history as
+select r.run_id, l.name as pipeline, r.status, r.mode, r.requested_by, r.submitted_at, r.started_at, r.ended_at,
+       coalesce(r.duration_ms, extract(epoch from clock_timestamp() - r.started_at) * 1000)::numeric(16, 3) as duration_ms,
+       r.step_count, r.as_of, r.reason, r.approved_by, r.idempotency_key, r.parent_run_id, r.worker_pid,
+       r.status = 'running' and not etl._is_alive(r) as is_dead,
+       r.cancel_requested_at, r.cancel_requested_by, r.cancel_reason, r.error_code, r.error_message
+  from etl.runs r join etl.pipelines l using (pipeline_id);
+comment on view etl.run_history is
+  'Runs for people. duration_ms counts on while a run is active; is_dead: its session is gone, the next start marks it abandoned.';
+
+create or replace view etl.step_history as
+select p.run_id, p.order_index, p.attempt, p.procedure_name as procedure, p.procedure_type as type, p.group_name, p.mode, p.status, p.skip_reason,
+       p.started_at, p.ended_at, coalesce(p.duration_ms, extract(epoch from clock_timestamp() - p.started_at) * 1000)::numeric(16, 3) as duration_ms,
+       p.rows_affected, p.table_counts, p.warnings, p.tx_scope, p.isolation, p.window_since, p.window_until, p.parameters, p.dependencies,
+       etl._render_call(p.statement, p.mode, p.window_since, p.window_until, p.run_id, p.parameters) as statement,
+       p.error_class, p.error_code, p.sqlstate, p.error_message, p.error_detail, p.error_hint, p.error_context
+  from etl.procedure_runs p;
+comment on view etl.step_history is 'Attempts for people: the statement has its values written in.';
+
+create or replace view etl.procedure_health as
+select p.name as procedure, p.type, l.name as pipeline, last.run_id as last_run_id, last.status as last_status, last.ended_at as last_ended_at,
+       last.duration_ms as last_duration_ms, last.rows_affected as last_rows_affected, last.error_code as last_error_code,
+       last.error_message as last_error_message, etl._last_success_at(p.procedure_id) as last_success_at,
+       s.last_success_watermark as watermark
+  from etl.procedures p
+  join etl.pipelines l using (pipeline_id)
+  left join lateral (select * from etl.procedure_runs r where r.procedure_id = p.procedure_id order by r.run_id desc, r.attempt desc limit 1) last on true
+  left join etl.state s on s.state_key = p.state_key
+ where p.is_active;
+comment on view etl.procedure_health is 'How each active procedure last ended, when it last succeeded, and its watermark.';
+
+create or replace view etl.run_events as
+select r.started_at as at, 'run_started' as event, r.run_id, null::int as order_index, null::text as procedure, r.mode, null::text as tx_scope,
+       null::int as attempt, null::numeric as duration_ms, null::bigint as rows_affected, null::text as error_code, null::text as error_message
+  from etl.runs r where r.started_at is not null
+union all
+select p.started_at, 'step_started', p.run_id, p.order_index, p.procedure_name, p.mode, p.tx_scope, p.attempt, null, null, null, null
+  from etl.procedure_runs p where p.started_at is not null
+union all
+select p.ended_at, 'step_' || p.status, p.run_id, p.order_index, p.procedure_name, p.mode, p.tx_scope, p.attempt, p.duration_ms, p.rows_affected,
+       coalesce(p.error_code, p.skip_reason), p.error_message
+  from etl.procedure_runs p where p.ended_at is not null
+union all
+select m.ended_at, 'refresh_' || m.status, m.run_id, null, m.mv_name, null, null, null, m.duration_ms, null, coalesce(m.error_code, m.skip_reason),
+       coalesce(m.error_message, m.warning)
+  from etl.mv_refreshes m where m.ended_at is not null
+union all
+select r.ended_at, 'run_' || r.status, r.run_id, null, null, r.mode, null, null, r.duration_ms, null, r.error_code, r.error_message
+  from etl.runs r where r.ended_at is not null;
+comment on view etl.run_events is 'What happened in each run, event by event, from the run tables. Source of b2s logs.';
+
+grant select on etl.run_history, etl.step_history, etl.procedure_health, etl.run_events to etl_reader;

@@ -1,0 +1,91 @@
+"""Installing and upgrading: one transaction, the same for a fresh database and for an old one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psycopg
+
+from b2s import __version__
+from b2s.db import Connection, connect
+from b2s.sqlfiles import Manifest, load_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """What an install did: the version before (None: fresh) and now, and the migrations it applied."""
+
+    before: str | None
+    after: str
+    applied: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """What an install would do."""
+
+    installed: str | None
+    release: str
+    migrations: tuple[str, ...]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the database has this very release."""
+        return self.installed == self.release and not self.migrations
+
+
+def migrate(conninfo: str, *, dry_run: bool = False) -> Migrated:
+    """Brings a database to this release. With dry_run everything is executed and then rolled back."""
+    manifest = load_manifest()
+    with connect(conninfo) as connection, connection.transaction(force_rollback=dry_run):
+        return _install(connection, manifest)
+
+
+def _install(connection: Connection, manifest: Manifest) -> Migrated:
+    connection.execute("select set_config('b2s.version', %s, true)", [__version__])
+    _run(connection, manifest.begin)
+    row = connection.execute("select version from etl.installation").fetchone()
+    applied = []
+    for migration in manifest.migrations:
+        is_pending = connection.execute("select etl._begin_migration(%s, %s)", [migration.name, migration.sha256]).fetchone()
+        if is_pending == (True,):
+            _run(connection, migration.sql)
+            applied.append(migration.name)
+    for code in manifest.code:
+        _run(connection, code)
+    _run(connection, manifest.finish)
+    return Migrated(row[0] if row else None, __version__, tuple(applied))
+
+
+def _run(connection: Connection, script: str) -> None:
+    connection.execute(script.encode(), prepare=False)
+
+
+def pending(connection: Connection) -> Pending:
+    """What migrate() would do to this database; reads only."""
+    manifest = load_manifest()
+    names = tuple(migration.name for migration in manifest.migrations)
+    try:
+        known = {name for (name,) in connection.execute("select name from etl.migrations")}
+        row = connection.execute("select version from etl.installation").fetchone()
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        return Pending(None, __version__, names)
+    return Pending(row[0] if row else None, __version__, tuple(name for name in names if name not in known))
+
+
+def script() -> str:
+    """Everything migrate() executes, as one script for psql: psql -v ON_ERROR_STOP=1 -f FILE."""
+    manifest = load_manifest()
+    parts = [
+        f"-- b2s {__version__}, for psql. One transaction: everything or nothing.",
+        "\\set ON_ERROR_STOP on\n\\set ON_ERROR_ROLLBACK off\n\\set QUIET on",
+        "begin;",
+        f"do $$ begin perform pg_catalog.set_config('b2s.version', '{__version__}', true); end $$;",
+        manifest.begin,
+    ]
+    for migration in manifest.migrations:
+        parts += [
+            f"select etl._begin_migration('{migration.name}', '{migration.sha256}') as is_pending \\gset",  # noqa: S608
+            f"\\if :is_pending\n{migration.sql}\\endif",
+        ]
+    return "\n".join([*parts, *manifest.code, manifest.finish, "commit;", f"\\echo b2s {__version__} is installed\n"])
