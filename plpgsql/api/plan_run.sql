@@ -1,13 +1,13 @@
 -- What a request would do, in order, writing nothing. With execute, it is really run and rolled back.
-create or replace function etl._plan_notes(procedure_id int, selected int[]) returns text
+create or replace function etl._plan_notes(dependencies jsonb) returns text
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select string_agg(format('needs %s, which is not in this run and %s', d->>'procedure',
            coalesce('last succeeded at ' || (d->>'last_success_at'), 'never succeeded')), '; ')
-    from jsonb_array_elements(etl._dependency_snapshot(procedure_id, selected)) d
+    from jsonb_array_elements(dependencies) d
    where not (d->>'in_run')::boolean
 $$;
-comment on function etl._plan_notes(int, int[]) is 'How old the dependencies are that a run does not include.';
-revoke all on function etl._plan_notes(int, int[]) from public;
+comment on function etl._plan_notes(jsonb) is 'How old the dependencies are that a run does not include.';
+revoke all on function etl._plan_notes(jsonb) from public;
 
 create or replace function etl._show_plan(request jsonb)
 returns table (order_index int, scope_index int, kind text, name text, procedure_type text, group_name text, mode text, tx_scope text,
@@ -22,12 +22,11 @@ begin
     select i.order_index, i.scope_index, case i.kind when 'steps' then 'step' else i.kind end, coalesce(p.name, i.mv_name), p.type, g.name,
            i.mode, i.tx_scope, p.isolation,
            case when i.kind = 'steps'
-             then (select array_agg(q.name order by q.name) from etl.dependencies d join etl.procedures q on q.procedure_id = d.depends_on_id
-                    where d.procedure_id = i.procedure_id)
+             then (select array_agg(x->>'procedure') from jsonb_array_elements(n.dependencies) x)
              else (select array_agg(q.name order by q.name) from unnest(v_items) s join etl.procedures q using (procedure_id)
                     where s.order_index = any (i.feeders)) end,
            w.since, w.until, i.parameters, etl._render_call(p.call_sql, i.mode, w.since, w.until, null, i.parameters),
-           case when i.kind = 'steps' then etl._plan_notes(i.procedure_id, v_selected)
+           case when i.kind = 'steps' then etl._plan_notes(n.dependencies)
                 else format('after %s, on %s, %s', i.refresh_after, i.refresh_on,
                        case when i.concurrency <> 'false' and etl._can_refresh_concurrently(to_regclass(i.mv_name)) then 'concurrently'
                             when i.concurrency <> 'false' and etl._can_refresh_concurrently(to_regclass(i.mv_name)) is null then 'which does not exist'
@@ -36,6 +35,7 @@ begin
       left join etl.procedures p using (procedure_id)
       left join etl.group_members m using (procedure_id)
       left join etl.groups g using (group_id)
+      left join etl._dependency_snapshots(v_selected) n using (procedure_id)
       left join lateral etl._preview_window(p, i.mode, (request->>'as_of')::timestamptz) w on true
      where i.kind <> 'barrier'
      order by i.scope_index, i.order_index;

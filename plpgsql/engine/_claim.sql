@@ -1,23 +1,27 @@
 -- Claiming the next scope of a run. Runs in a transaction of its own, committed asynchronously: a crash that loses it
 -- loses nothing, and the window it fixes is older than the snapshot in which the data will be read.
 
--- Scopes that ended free those that wait for them.
-create or replace function etl._release(run_id bigint, scopes int[]) returns void
-language sql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
-  update etl.run_scopes s
-     set remaining_dependencies = s.remaining_dependencies - f.freed
-    from (select u.scope_index, count(*)::int as freed
-            from etl.run_scopes e cross join lateral unnest(e.required_by || e.precedes) u(scope_index)
-           where e.run_id = _release.run_id and e.scope_index = any (scopes)
-           group by u.scope_index) f
-   where s.run_id = _release.run_id and s.scope_index = f.scope_index
-$$;
-comment on function etl._release(bigint, int[]) is 'Counts ended scopes down in the scopes that wait for them.';
-revoke all on function etl._release(bigint, int[]) from public;
+-- A scope that ended frees those that wait for it.
+create or replace function etl._release(run_id bigint, scope_index int) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+declare
+  v_freed int[];
+begin
+  select s.required_by || s.precedes into v_freed from etl.run_scopes s
+   where s.run_id = _release.run_id and s.scope_index = _release.scope_index;
+  if v_freed <> '{}' then
+    update etl.run_scopes s set remaining_dependencies = s.remaining_dependencies - 1
+     where s.run_id = _release.run_id and s.scope_index = any (v_freed);
+  end if;
+end $$;
+comment on function etl._release(bigint, int) is 'Counts an ended scope down in the scopes that wait for it.';
+revoke all on function etl._release(bigint, int) from public;
 
 -- Ends scopes that will not run: their steps and refreshes are skipped, what waits for them is freed.
 create or replace function etl._skip_scopes(run_id bigint, scopes int[], reason text) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+declare
+  v_scope int;
 begin
   update etl.procedure_runs p set status = 'skipped', skip_reason = reason, ended_at = clock_timestamp()
     from etl.run_scopes s
@@ -26,7 +30,9 @@ begin
   update etl.mv_refreshes m set status = 'skipped', skip_reason = reason, ended_at = clock_timestamp()
    where m.run_id = _skip_scopes.run_id and m.scope_index = any (scopes) and m.status = 'pending';
   update etl.run_scopes s set status = 'ended' where s.run_id = _skip_scopes.run_id and s.scope_index = any (scopes);
-  perform etl._release(run_id, scopes);
+  foreach v_scope in array coalesce(scopes, '{}') loop
+    perform etl._release(run_id, v_scope);
+  end loop;
 end $$;
 comment on function etl._skip_scopes(bigint, int[], text) is 'Skips scopes that were not started, with a reason, and frees what waits for them.';
 revoke all on function etl._skip_scopes(bigint, int[], text) from public;
@@ -39,24 +45,25 @@ $$;
 comment on function etl._skip_pending(bigint, text) is 'Skips everything of a run that was not started.';
 revoke all on function etl._skip_pending(bigint, text) from public;
 
--- The first scope after the one given that waits for nothing; from the start when there is none after it.
-create or replace function etl._next_scope(run_id bigint, after_scope int) returns etl.run_scopes
+-- Takes the first scope after the one given that waits for nothing; from the start when there is none after it.
+-- A barrier has nothing to run: taking it ends it.
+create or replace function etl._take_scope(run_id bigint, after_scope int) returns etl.run_scopes
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   v_scope etl.run_scopes;
 begin
-  select * into v_scope from etl.run_scopes s
-   where s.run_id = _next_scope.run_id and s.scope_index > after_scope and s.status = 'pending' and s.remaining_dependencies = 0
-   order by s.scope_index limit 1 for update skip locked;
-  if not found and after_scope > 0 then
-    select * into v_scope from etl.run_scopes s
-     where s.run_id = _next_scope.run_id and s.scope_index < after_scope and s.status = 'pending' and s.remaining_dependencies = 0
-     order by s.scope_index limit 1 for update skip locked;
-  end if;
+  update etl.run_scopes t
+     set status = case t.kind when 'barrier' then 'ended' else 'running' end, worker_pid = pg_backend_pid()
+   where t.run_id = _take_scope.run_id and t.scope_index = (
+     select s.scope_index from etl.run_scopes s
+      where s.run_id = _take_scope.run_id and s.scope_index > after_scope and s.status = 'pending' and s.remaining_dependencies = 0
+      order by s.scope_index limit 1 for update skip locked)
+  returning t.* into v_scope;
+  if v_scope.scope_index is null and after_scope > 0 then return etl._take_scope(run_id, 0); end if;
   return v_scope;
 end $$;
-comment on function etl._next_scope(bigint, int) is 'The next scope that is ready, locked, or null.';
-revoke all on function etl._next_scope(bigint, int) from public;
+comment on function etl._take_scope(bigint, int) is 'Claims the next scope that is ready, or returns null.';
+revoke all on function etl._take_scope(bigint, int) from public;
 
 -- Why a refresh must not happen, or null.
 create or replace function etl._refresh_skip_reason(run_id bigint, scope_index int) returns text
@@ -79,8 +86,6 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqsc
 declare
   v_step etl.procedure_runs;
 begin
-  update etl.run_scopes s set status = 'running', worker_pid = pg_backend_pid()
-   where s.run_id = run.run_id and s.scope_index = scope.scope_index;
   if scope.kind = 'refresh' then
     update etl.mv_refreshes m set status = 'running', started_at = clock_timestamp()
      where m.run_id = run.run_id and m.scope_index = scope.scope_index;
@@ -104,7 +109,7 @@ begin
   end if;
   perform set_config('application_name', format('b2s run %s %s', run.run_id, v_step.procedure_name), false);
 end $$;
-comment on function etl._start_scope(etl.runs, etl.run_scopes) is 'Marks a scope and its steps running and fixes their windows.';
+comment on function etl._start_scope(etl.runs, etl.run_scopes) is 'Marks the steps of a claimed scope running and fixes their windows.';
 revoke all on function etl._start_scope(etl.runs, etl.run_scopes) from public;
 
 -- ended_scope: the scope whose data this session has just committed; events: what to tell about it.
@@ -117,19 +122,18 @@ declare
   v_scope  etl.run_scopes;
   v_reason text;
 begin
-  perform etl._announce(events);
-  if ended_scope is not null then perform etl._release(run_id, array[ended_scope]); end if;
+  if events <> '[]' then perform etl._announce(events); end if;
+  if ended_scope is not null then perform etl._release(run_id, ended_scope); end if;
   if v_run.cancel_requested_at is not null then perform etl._skip_pending(run_id, 'cancelled'); end if;
   loop
-    v_scope := etl._next_scope(run_id, coalesce(ended_scope, 0));
+    v_scope := etl._take_scope(run_id, coalesce(ended_scope, 0));
     if v_scope.scope_index is null then
       perform etl._finish_run(v_run);
       action := 'done';
       return;
     end if;
     if v_scope.kind = 'barrier' then
-      update etl.run_scopes s set status = 'ended' where s.run_id = _claim.run_id and s.scope_index = v_scope.scope_index;
-      perform etl._release(run_id, array[v_scope.scope_index]);
+      perform etl._release(run_id, v_scope.scope_index);
       continue;
     end if;
     if v_scope.kind = 'refresh' then

@@ -66,7 +66,7 @@ revoke all on function etl._routine_arguments(oid) from public;
 create or replace function etl._binding(argument text, procedure jsonb) returns text
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select coalesce(
-    (select a.key from jsonb_each_text(procedure->'args') a where a.value = argument),
+    (select a.key from jsonb_each_text(procedure->'args') a where a.value = argument and a.key <> 'rows'),
     case when argument in ('p_mode', 'p_since', 'p_until', 'p_run_id') and not procedure->'args' ? argument then argument end,
     (select p->>'name' from jsonb_array_elements(procedure->'params') p
       where p->>'name' in (argument, substring(argument from '^p_(.+)$')) and not procedure->'args' ? (p->>'name')

@@ -23,16 +23,15 @@ declare
 begin
   changes := '{}';
   for v_table in
-    select distinct l.relation as oid, format('%s.%s', n.nspname, c.relname) as name,
-           pg_stat_get_xact_tuples_inserted(l.relation) as i, pg_stat_get_xact_tuples_updated(l.relation) as u,
-           pg_stat_get_xact_tuples_deleted(l.relation) as d
-      from pg_catalog.pg_locks l
-      join pg_catalog.pg_class c on c.oid = l.relation and c.relkind = 'r' and c.relpersistence <> 't'
-      join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-     where l.locktype = 'relation' and l.pid = pg_backend_pid() and l.relation >= 16384
-       and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
-       and n.nspname <> 'etl'
+    select q.oid, q.oid::regclass::text as name, q.i, q.u, q.d
+      from (select l.relation as oid, pg_stat_get_xact_tuples_inserted(l.relation) as i, pg_stat_get_xact_tuples_updated(l.relation) as u,
+                   pg_stat_get_xact_tuples_deleted(l.relation) as d
+              from pg_catalog.pg_locks l
+             where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.relation >= 16384
+               and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')) q
+     where q.i + q.u + q.d > 0 or seen ? q.oid::text
   loop
+    continue when v_table.name ~ '^(etl|pg_toast|pg_temp_\d+)\.';
     v_old := coalesce(seen->v_table.oid::text, '[0, 0, 0]');
     -- TRUNCATE takes back what the transaction had counted before it: then the count since is all there is.
     if v_table.i < (v_old->>0)::bigint or v_table.u < (v_old->>1)::bigint or v_table.d < (v_old->>2)::bigint then v_old := '[0, 0, 0]'; end if;

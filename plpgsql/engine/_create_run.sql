@@ -54,18 +54,22 @@ $$;
 comment on function etl._insert_scopes(bigint, etl.plan_item[]) is 'Stores the scopes of a plan with their dependency counters.';
 revoke all on function etl._insert_scopes(bigint, etl.plan_item[]) from public;
 
--- What a procedure depends on, whether the run includes it, and if not, how old it is.
-create or replace function etl._dependency_snapshot(procedure_id int, selected int[]) returns jsonb
+-- What each selected procedure depends on, whether the run includes it, and if not, how old it is.
+create or replace function etl._dependency_snapshots(selected int[])
+returns table (procedure_id int, dependencies jsonb)
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_agg(
-           case when p.procedure_id = any (selected) then jsonb_build_object('procedure', p.name, 'in_run', true)
+  select d.procedure_id, jsonb_agg(
+           case when i.id is not null then jsonb_build_object('procedure', p.name, 'in_run', true)
                 else jsonb_build_object('procedure', p.name, 'in_run', false, 'last_success_at', etl._last_success_at(p.procedure_id)) end
-           order by p.name), '[]')
-    from etl.dependencies d join etl.procedures p on p.procedure_id = d.depends_on_id
-   where d.procedure_id = _dependency_snapshot.procedure_id
+           order by p.name)
+    from unnest(selected) s(id)
+    join etl.dependencies d on d.procedure_id = s.id
+    join etl.procedures p on p.procedure_id = d.depends_on_id
+    left join unnest(selected) i(id) on i.id = d.depends_on_id
+   group by d.procedure_id
 $$;
-comment on function etl._dependency_snapshot(int, int[]) is 'The dependencies of a procedure as they stand when a run is planned.';
-revoke all on function etl._dependency_snapshot(int, int[]) from public;
+comment on function etl._dependency_snapshots(int[]) is 'The dependencies of the selected procedures as they stand when a run is planned.';
+revoke all on function etl._dependency_snapshots(int[]) from public;
 
 create or replace function etl._last_success_at(procedure_id int) returns timestamptz
 language sql stable set search_path = pg_catalog, pg_temp as $$
@@ -78,18 +82,18 @@ grant execute on function etl._last_success_at(int) to etl_reader;
 
 create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-  v_selected int[] := (select array_agg(i.procedure_id) from unnest(items) i where i.kind = 'steps');
 begin
   insert into etl.procedure_runs (run_id, order_index, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, watermark_strategy, state_key)
   select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
-         i.parameters, etl._dependency_snapshot(p.procedure_id, v_selected), p.call_sql, p.rows_column, p.watermark_strategy, p.state_key
+         i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, p.watermark_strategy, p.state_key
     from unnest(items) i
     join etl.procedures p using (procedure_id)
     join etl.run_scopes s on s.run_id = _insert_steps.run_id and s.scope_index = i.scope_index
     left join etl.group_members m on m.procedure_id = p.procedure_id
     left join etl.groups g using (group_id)
+    left join etl._dependency_snapshots((select array_agg(x.procedure_id) from unnest(items) x where x.kind = 'steps')) d
+      on d.procedure_id = p.procedure_id
    where i.kind = 'steps'
    order by i.order_index;
   insert into etl.mv_refreshes (run_id, scope_index, refresh_target_id, mv_name, refresh_after, refresh_on, concurrency, feeders, depends_on)

@@ -12,28 +12,28 @@ begin
          table_counts = changes, warnings = unmet_checks
    where p.run_id = step.run_id and p.order_index = step.order_index and p.attempt = step.attempt
   returning p.* into step;
-  return etl._step_event('step_succeeded', step, jsonb_strip_nulls(jsonb_build_object(
-    'rows_affected', row_count, 'duration_ms', step.duration_ms, 'table_counts', changes, 'warning', (select string_agg(format('check %s found %s violation(s)', c->>'name', c->>'violations'), '; ') from jsonb_array_elements(unmet_checks) c))));
+  return etl._step_event('step_succeeded', step,
+    jsonb_build_object('rows_affected', row_count, 'duration_ms', step.duration_ms, 'table_counts', changes)
+    || case when unmet_checks is null then '{}' else jsonb_build_object('warning', (
+         select string_agg(format('check %s found %s violation(s)', c->>'name', c->>'violations'), '; ') from jsonb_array_elements(unmet_checks) c)) end);
 end $$;
 comment on function etl._record_success(etl.procedure_runs, timestamptz, bigint, jsonb, jsonb) is
   'Writes the outcome of a step in the transaction of its data; returns the event to announce after the commit.';
 revoke all on function etl._record_success(etl.procedure_runs, timestamptz, bigint, jsonb, jsonb) from public;
 
 -- One step: settings, the routine, what it changed, checks, watermark, outcome.
-create or replace function etl._execute_step(step etl.procedure_runs, inout seen jsonb, out event jsonb)
+create or replace function etl._execute_step(run etl.runs, step etl.procedure_runs, inout seen jsonb, out event jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
   v_settings   record;
   v_result     record;
   v_rows       bigint;
-  v_found      jsonb;
+  v_unmet      jsonb;
   v_counts     record;
 begin
-  select p.lock_timeout_ms, p.checks, l.search_path, r.requested_by into v_settings
-    from etl.procedures p
-    join etl.pipelines l using (pipeline_id)
-    join etl.runs r on r.run_id = step.run_id
+  select p.lock_timeout_ms, p.checks, l.search_path into v_settings
+    from etl.procedures p join etl.pipelines l on l.pipeline_id = run.pipeline_id
    where p.procedure_id = step.procedure_id;
   if v_settings.lock_timeout_ms is not null then perform set_config('lock_timeout', v_settings.lock_timeout_ms::text, true); end if;
   if v_settings.search_path <> '{}' then
@@ -48,24 +48,24 @@ begin
     select coalesce(sum((t.value->>'inserted')::bigint + (t.value->>'updated')::bigint + (t.value->>'deleted')::bigint), 0)
       into v_rows from jsonb_each(v_counts.changes) t;
   end if;
-  if v_settings.checks <> '[]' then v_found := etl._run_checks(step.procedure_name, v_settings.checks); end if;
-  if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows, v_settings.requested_by); end if;
-  event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_found);
+  if v_settings.checks <> '[]' then v_unmet := etl._run_checks(step.procedure_name, v_settings.checks); end if;
+  if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows, run.requested_by); end if;
+  event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_unmet);
 end $$;
-comment on function etl._execute_step(etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
-revoke all on function etl._execute_step(etl.procedure_runs, jsonb) from public;
+comment on function etl._execute_step(etl.runs, etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
+revoke all on function etl._execute_step(etl.runs, etl.procedure_runs, jsonb) from public;
 
 -- seen: table counters before this scope. Returns {events, seen} or {failure}.
 create or replace function etl._execute_scope(run_id bigint, scope_index int, seen jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
+  v_run     etl.runs := etl._check_owner(run_id);
   v_scope   etl.run_scopes;
   v_step    etl.procedure_runs;
   v_result  record;
   v_events  jsonb := '[]';
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
-  perform etl._check_owner(run_id);
   select * into v_scope from etl.run_scopes s where s.run_id = _execute_scope.run_id and s.scope_index = _execute_scope.scope_index;
   if v_scope.status <> 'running' or v_scope.worker_pid <> pg_backend_pid() then
     raise exception using errcode = '42501', message = format('scope %s of run %s is not claimed by this session', scope_index, run_id);
@@ -77,7 +77,7 @@ begin
          and p.attempt = v_scope.attempt
        order by p.order_index
     loop
-      v_result := etl._execute_step(v_step, seen);
+      v_result := etl._execute_step(v_run, v_step, seen);
       seen := v_result.seen;
       v_events := v_events || v_result.event;
     end loop;

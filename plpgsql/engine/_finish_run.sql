@@ -6,12 +6,11 @@ declare
   v_first  etl.procedure_runs;
   v_status text;
 begin
-  select count(*) filter (where p.status = 'succeeded') as succeeded, count(*) filter (where p.status in ('failed', 'rolled_back')) as failed,
+  select count(*) filter (where p.status = 'succeeded') as succeeded, count(*) filter (where p.status = 'failed') as failed,
          count(*) filter (where p.status = 'cancelled' or p.skip_reason = 'cancelled') as cancelled,
          count(*) filter (where p.status = 'skipped') as skipped, count(p.warnings) as warned
     into v_steps
-    from etl.procedure_runs p where p.run_id = run.run_id and p.status not in ('retrying', 'pending')
-     and not exists (select from etl.procedure_runs n where n.run_id = p.run_id and n.order_index = p.order_index and n.attempt = p.attempt + 1);
+    from etl.procedure_runs p where p.run_id = run.run_id;
   select * into v_first from etl.procedure_runs p where p.run_id = run.run_id and p.status = 'failed' order by p.order_index limit 1;
   v_status := case
     when v_steps.cancelled > 0 then 'cancelled'

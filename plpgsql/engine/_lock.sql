@@ -5,9 +5,8 @@
 -- whose lock is free is dead now, not after a timeout. The one leak there is, a COMMIT that itself fails, is
 -- healed by the same session's next start and named to everybody else's.
 create or replace function etl._hold(pipeline_id int) returns void
-language sql volatile set search_path = pg_catalog, pg_temp as $$
-  select pg_advisory_lock(6435443, pipeline_id)
-$$;
+language sql volatile
+return pg_advisory_lock(6435443, pipeline_id);
 comment on function etl._hold(int) is 'Takes the run lock at session level, just before a COMMIT or ROLLBACK.';
 revoke all on function etl._hold(int) from public;
 grant execute on function etl._hold(int) to etl_operator;

@@ -120,7 +120,7 @@ begin
     end if;
   end if;
   update etl.run_scopes s set status = 'ended' where s.run_id = v_scope.run_id and s.scope_index = v_scope.scope_index;
-  perform etl._release(run_id, array[scope_index]);
+  perform etl._release(run_id, scope_index);
   perform etl._skip_scopes(run_id, etl._requiring_scopes(run_id, scope_index),
                            case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   select bool_or(p.on_failure = 'stop') into v_stops

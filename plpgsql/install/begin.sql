@@ -32,13 +32,15 @@ begin
             message = format('role %I does not exist and %I may not create it', v_role, current_user),
             hint = 'let a role with CREATEROLE run: create role etl_owner nologin; create role etl_admin nologin; '
                    'create role etl_operator nologin; create role etl_reader nologin; '
+                   'grant etl_reader to etl_operator; grant etl_operator to etl_admin; '
                 || format('grant etl_owner to %I;', current_user);
       end;
     end if;
   end loop;
   if not pg_has_role('etl_operator', 'etl_reader', 'member') then grant etl_reader to etl_operator; end if;
   if not pg_has_role('etl_admin', 'etl_operator', 'member') then grant etl_operator to etl_admin; end if;
-  if not pg_has_role(current_user, 'etl_owner', 'member') then
+  -- From 16 on, whoever creates a role administers it but may not SET ROLE to it before granting it to itself.
+  if not pg_has_role(current_user, 'etl_owner', case when current_setting('server_version_num')::int >= 160000 then 'set' else 'member' end) then
     begin
       execute format('grant etl_owner to %I', current_user);
     exception when insufficient_privilege then

@@ -60,7 +60,7 @@ def plan_config(connection: Connection, loaded: LoadedConfig) -> SyncPlan:
 
 def apply_config(connection: Connection, loaded: LoadedConfig, plan: SyncPlan) -> SyncPlan:
     """Applies exactly the plan that was shown. Raises DatabaseError config.stale when the catalog has changed since."""
-    arguments = [json.dumps(loaded.spec()), plan.base_digest or "", _author(), _git_revision(loaded.source.path), str(loaded.source.path)]
+    arguments = [json.dumps(loaded.spec()), plan.base_digest or "", _author(), _git_revision(Path(loaded.source.path)), loaded.source.path]
     return SyncPlan.of(_call(connection, loaded, "select etl.apply_config(%s, %s, %s, %s, %s)", arguments))
 
 

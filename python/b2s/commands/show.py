@@ -1,0 +1,66 @@
+"""b2s show: one run, explained."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from b2s.db import Connection
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The options of b2s show."""
+    add_run(parser)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The argument that names a run."""
+    parser.add_argument("run", metavar="RUN", help="the number of a run, or latest")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Prints a run: the request, the steps, each failure in full, what to type next."""
+    from b2s.db import connect
+    from b2s.output import print_json, print_lines, style
+    from b2s.runview import failure_lines, header_lines, next_steps, steps_table, window_lines
+
+    with connect(arguments.dsn) as connection:
+        run = get_run(connection, run_id_of(connection, arguments.run))
+    if arguments.json:
+        print_json(run)
+        return 0
+    look = style()
+    print_lines(header_lines(run, look))
+    print()
+    print_lines(steps_table(run, look))
+    windows = list(window_lines(run))
+    if windows:
+        print_lines(["", "windows:", *windows])
+    print_lines(failure_lines(run, look, is_full=True))
+    following = next_steps(run)
+    if following:
+        print_lines(["", "next:", *(f"  {line}" for line in following)])
+    return 0
+
+
+def run_id_of(connection: Connection, word: str) -> int:
+    """The run that a word means: its number, or the newest for `latest`. Raises UsageError for anything else."""
+    from b2s.errors import UsageError
+
+    if word.isdecimal() and int(word) < 2**63:
+        return int(word)
+    if word != "latest":
+        raise UsageError(f"{word!r} is not the number of a run", "b2s runs lists them; the newest is called latest")
+    row = connection.execute("select max(run_id) from etl.runs").fetchone()
+    if row is None or row[0] is None:
+        raise UsageError("there is no run yet", "b2s run")
+    run_id: int = row[0]
+    return run_id
+
+
+def get_run(connection: Connection, run_id: int) -> dict[str, Any]:
+    """What etl.get_run returns. Raises DatabaseError run.unknown."""
+    row = connection.execute("select etl.get_run(%s)", [run_id]).fetchone()
+    document: dict[str, Any] = row[0] if row else {}
+    return document

@@ -1,0 +1,93 @@
+"""b2s sync-config: transformations.yaml into the catalog, shown as a plan and applied in one transaction."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from b2s.render import Style
+    from b2s.sync import Change, SyncPlan
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The options of b2s sync-config."""
+    parser.epilog = (
+        "Prints + added, ~ changed (old -> new), - removed; ! marks what was changed in the catalog by other means."
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")
+    how.add_argument("--check", action="store_true", help="like --dry-run, but exit 1 on changes or drift")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Plans, shows, and applies unless asked only to look."""
+    from b2s.config import load_config
+    from b2s.db import connect
+    from b2s.output import print_json, print_lines, style
+    from b2s.sync import apply_config, plan_config
+
+    is_look = arguments.dry_run or arguments.check
+    loaded = load_config(Path(arguments.config))
+    with connect(arguments.dsn) as connection:
+        plan = plan_config(connection, loaded)
+        if not arguments.json:
+            print_lines(plan_lines(plan, style()))
+        applied = plan if is_look else apply_config(connection, loaded, plan)
+    if arguments.json:
+        print_json({**_document(applied), "is_applied": not is_look and bool(plan.changes)})
+    else:
+        print(_conclusion(plan, applied, is_look=is_look))
+    return 1 if arguments.check and (plan.changes or plan.drift) else 0
+
+
+def plan_lines(plan: SyncPlan, style: Style) -> Iterator[str]:
+    """A plan, drift first."""
+    for change in plan.drift:
+        yield from _change_lines(change, style, "! drift: ", "yellow")
+    for change in plan.changes:
+        yield from _change_lines(change, style, "", {"+": "green", "-": "red"}.get(change.action, "yellow"))
+
+
+def _change_lines(change: Change, style: Style, prefix: str, colour: str) -> Iterator[str]:
+    yield style.paint(f"{prefix}{change.action} {change.kind} {change.name}", colour)
+    if change.action != "~":
+        return
+    for field, (old, new) in change.fields.items():
+        yield f"    {field}: {_value(old)} -> {_value(new)}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _conclusion(plan: SyncPlan, applied: SyncPlan, *, is_look: bool) -> str:
+    from b2s.render import plural
+
+    if not plan.changes:
+        drift = " (drifted from what was last applied)" if plan.drift else ""
+        return f"pipeline {plan.pipeline} is up to date{drift}"
+    changes = plural(len(plan.changes), "change")
+    if is_look:
+        return f"{changes} to pipeline {plan.pipeline}, not applied"
+    return f"{changes} to pipeline {plan.pipeline} applied as version {applied.version}"
+
+
+def _document(plan: SyncPlan) -> dict[str, Any]:
+    return {
+        "pipeline": plan.pipeline,
+        "version": plan.version,
+        "digest": plan.digest,
+        "base_digest": plan.base_digest,
+        "changes": [_change(change) for change in plan.changes],
+        "drift": [_change(change) for change in plan.drift],
+    }
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {"action": change.action, "kind": change.kind, "name": change.name, "fields": change.fields}

@@ -1,0 +1,104 @@
+"""An error as words for people or as JSON for programs, and the exit code that belongs to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from b2s.errors import B2SError, DatabaseError, detail_of
+from b2s.render import Style, visible, visible_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is wrong, what to do about it, every single problem found, and the exit code."""
+
+    message: str
+    hint: str | None
+    code: str
+    exit_code: int
+    errors: tuple[dict[str, Any], ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The failure for programs."""
+        return {"error": {"code": self.code, "message": self.message, "hint": self.hint, "errors": list(self.errors)}}
+
+
+def explain(error: BaseException, *, is_json: bool = False) -> int:
+    """Prints an error and returns its exit code. B2S_DEBUG=1 shows the traceback as well."""
+    if os.environ.get("B2S_DEBUG") == "1":
+        traceback.print_exception(error)
+    failure = failure_of(error)
+    if is_json:
+        print(json.dumps(failure.document(), default=str), flush=True)
+    else:
+        print("\n".join(_lines(failure, Style.of(sys.stderr))), file=sys.stderr, flush=True)
+    return failure.exit_code
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure behind any exception; an unexpected one says where it was raised."""
+    if isinstance(error, psycopg.Error):
+        error = _with_cause(DatabaseError.of(error), error)
+    if isinstance(error, DatabaseError):
+        cause = error.__cause__
+        found = detail_of(cause).get("errors", []) if isinstance(cause, psycopg.Error) else []
+        code = error.code or error.sqlstate or "database.unreachable"
+        return Failure(str(error), error.hint, code, error.exit_code, tuple(e for e in found if isinstance(e, dict)))
+    if isinstance(error, B2SError):
+        return Failure(str(error), error.hint, "usage", error.exit_code)
+    return _by_type(error)
+
+
+def _by_type(error: BaseException) -> Failure:
+    from b2s.embedded import EmbeddedError
+    from b2s.yamlsource import ConfigError
+
+    if isinstance(error, ConfigError):
+        problems = tuple(
+            {"line": p.line, "column": p.column, "loc": list(p.loc), "message": p.message, "hint": p.hint} for p in error.problems
+        )
+        return Failure(str(error), None, "config.invalid", 2, problems)
+    if isinstance(error, EmbeddedError):
+        return Failure(str(error), None, "embedded", 3)
+    if isinstance(error, OSError):
+        subject = f"{error.filename}: " if error.filename else ""
+        return Failure(f"{subject}{error.strerror or error}", None, "os", 2)
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" ({Path(frame[0].filename).name}:{frame[0].lineno})" if frame else ""
+    return Failure(
+        f"b2s itself failed: {type(error).__name__}: {error}{place}",
+        "this is a defect of b2s, please report it with the output of the same command under B2S_DEBUG=1",
+        "internal",
+        2,
+    )
+
+
+def _lines(failure: Failure, style: Style) -> list[str]:
+    if failure.code == "config.invalid" and failure.errors:
+        return failure.message.splitlines()
+    first, *more = visible_lines(failure.message) or [""]
+    lines = [f"{style.paint('error:', 'red')} {first}", *more]
+    hints = {failure.hint}
+    for problem in failure.errors:
+        message, hint = problem.get("message"), problem.get("hint")
+        if isinstance(message, str) and message != failure.message:
+            lines.append(f"{style.paint('error:', 'red')} {visible(message)}")
+        if isinstance(hint, str) and hint not in hints:
+            hints.add(hint)
+            lines.append(f"{style.paint('hint:', 'cyan')} {visible(hint)}")
+    if failure.hint:
+        lines.insert(1 + len(more), f"{style.paint('hint:', 'cyan')} {visible(failure.hint)}")
+    return lines
+
+
+def _with_cause(error: DatabaseError, cause: psycopg.Error) -> DatabaseError:
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,238 @@
+"""A run as people read it: its steps, what failed and why, what was skipped because of that, what to type next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from b2s.render import Column, Style, duration, moment, plural, table, visible, visible_lines
+
+Document = Mapping[str, Any]
+
+SUCCESSES: Final = ("succeeded", "completed_with_warnings")
+_SKIPPED: Final = {
+    "upstream_failed": "something it needs failed",
+    "cancelled": "the run was cancelled",
+    "stopped": "a failed step stops the run",
+    "no_data": "there is nothing new to read",
+    "reused": "an earlier run has done it",
+}
+_STEPS: Final = (
+    Column("step", is_number=True), Column("procedure"), Column("mode"), Column("status"), Column("attempt", is_number=True),
+    Column("rows", is_number=True), Column("inserted", is_number=True), Column("updated", is_number=True),
+    Column("deleted", is_number=True), Column("took", is_number=True), Column("remark", may_wrap=True),
+)  # fmt: skip
+
+
+def last_attempts(run: Document) -> list[Document]:
+    """The steps of a run in order, each with its last attempt."""
+    steps: dict[int, Document] = {}
+    for step in run["steps"] or []:
+        known = steps.get(step["order_index"])
+        if known is None or step["attempt"] > known["attempt"]:
+            steps[step["order_index"]] = step
+    return [steps[index] for index in sorted(steps)]
+
+
+def steps_table(run: Document, style: Style) -> list[str]:
+    """Every step and refresh of a run, one line each."""
+    steps = last_attempts(run)
+    reasons = {step["order_index"]: _remark(step, steps) for step in steps}
+    rows = [
+        (
+            step["order_index"],
+            step["procedure"],
+            step["mode"],
+            step["status"],
+            step["attempt"] if step["attempt"] > 1 else None,
+            step["rows_affected"],
+            *_changes(step),
+            duration(step["duration_ms"]) if step["started_at"] else None,
+            reasons[step["order_index"]],
+        )
+        for step in steps
+    ]
+    rows += [
+        (None, refresh["mv_name"], "refresh", refresh["status"], None, None, None, None, None,
+         duration(refresh["duration_ms"]), _refresh_remark(refresh))
+        for refresh in run["mv_refreshes"]
+    ]  # fmt: skip
+    return table(_STEPS, rows, style)
+
+
+def _changes(step: Document) -> tuple[int | None, int | None, int | None]:
+    counts = step["table_counts"]
+    if step["status"] != "succeeded" or counts is None:
+        return None, None, None
+    tables = list(counts.values())
+    inserted, updated, deleted = (
+        sum(one.get(kind) or 0 for one in tables) for kind in ("inserted", "updated", "deleted")
+    )
+    return inserted, updated, deleted
+
+
+def _remark(step: Document, steps: Sequence[Document]) -> str | None:
+    if step["skip_reason"] == "upstream_failed":
+        causes = failed_causes(step, steps)
+        return f"because of {', '.join(causes)}" if causes else _SKIPPED["upstream_failed"]
+    if step["skip_reason"]:
+        return _SKIPPED.get(step["skip_reason"], step["skip_reason"])
+    if step["status"] == "rolled_back":
+        return str(step["error_message"] or "rolled back with its group")
+    if step["error_message"]:
+        return str(step["error_code"])
+    return "; ".join(f"check {w['name']}: {plural(w['violations'], 'violation')}" for w in step["warnings"] or []) or None
+
+
+def _refresh_remark(refresh: Document) -> str | None:
+    if refresh["skip_reason"]:
+        return _SKIPPED.get(refresh["skip_reason"], refresh["skip_reason"])
+    return refresh["warning"] or refresh["error_code"]
+
+
+def failed_causes(step: Document, steps: Sequence[Document]) -> list[str]:
+    """The failed steps because of which a step was skipped, followed through everything in between."""
+    by_name = {one["procedure"]: one for one in steps}
+    seen: set[str] = set()
+    causes: list[str] = []
+    pending = [step]
+    while pending:
+        current = pending.pop(0)
+        if current["procedure"] in seen:
+            continue
+        seen.add(current["procedure"])
+        if current["status"] in ("failed", "cancelled", "abandoned"):
+            causes.append(current["procedure"])
+            continue
+        pending += [
+            by_name[needed["procedure"]] for needed in current["dependencies"] if needed["procedure"] in by_name
+        ]
+        if current["tx_scope"] == "per_group":
+            pending += [one for one in steps if one["group_name"] == current["group_name"]]
+    return causes
+
+
+def failure_lines(run: Document, style: Style, *, is_full: bool = False) -> Iterator[str]:
+    """Each failure with its remedy; `is_full` adds detail, context and the statement."""
+    steps = last_attempts(run)
+    for step in steps:
+        if step["status"] not in ("failed", "cancelled") or not step["error_message"]:
+            continue
+        yield ""
+        first, *more = visible_lines(step["error_message"]) or [""]
+        where = f"[{step['order_index']}] {step['procedure']}"
+        yield f"{style.paint('failed:', 'red')} {style.paint(where, 'bold')}: {first}"
+        yield from (f"  {line}" for line in more)
+        if is_full:
+            yield from _details(step)
+        if step["error_hint"]:
+            yield f"  {style.paint('hint:', 'cyan')} {visible(step['error_hint'])}"
+        skipped = [
+            one["procedure"]
+            for one in steps
+            if one["skip_reason"] == "upstream_failed" and step["procedure"] in failed_causes(one, steps)
+        ]
+        if skipped:
+            yield f"  skipped because of it: {', '.join(skipped)}"
+    for refresh in run["mv_refreshes"]:
+        if refresh["status"] == "failed":
+            yield ""
+            yield f"{style.paint('failed:', 'red')} refresh of {refresh['mv_name']}: {visible(refresh['error_message'])}"
+            if refresh["error_hint"]:
+                yield f"  {style.paint('hint:', 'cyan')} {visible(refresh['error_hint'])}"
+
+
+def _details(step: Document) -> Iterator[str]:
+    yield f"  code: {step['error_code']} ({step['error_class']}, SQLSTATE {step['sqlstate']}), attempt {step['attempt']}"
+    for title, text in (
+        ("detail", _plain_detail(step["error_detail"])),
+        ("context", step["error_context"]),
+        ("statement", step["statement"]),
+    ):
+        lines = visible_lines(text or "")
+        if lines:
+            yield f"  {title}: {lines[0]}"
+            yield from (f"    {line}" for line in lines[1:])
+
+
+def _plain_detail(detail: str | None) -> str | None:
+    """DETAIL as the server gave it; the JSON of an error of b2s repeats code and message, so only its rest is shown."""
+    try:
+        document = json.loads(detail or "")
+    except ValueError:
+        return detail
+    if not isinstance(document, dict) or "code" not in document:
+        return detail
+    rest = {key: value for key, value in document.items() if key != "code"}
+    return json.dumps(rest, ensure_ascii=False) if rest else None
+
+
+def summary(run: Document, style: Style) -> str:
+    """The outcome of a run in one line."""
+    steps = last_attempts(run)
+    counts: dict[str, int] = {}
+    for step in steps:
+        counts[step["status"]] = counts.get(step["status"], 0) + 1
+    parts = ", ".join(f"{count} {status}" for status, count in counts.items())
+    took = f" in {duration(run['duration_ms'])}" if run["duration_ms"] is not None else ""
+    return f"run {run['run_id']} {style.status(run['status'])}{took}: {parts}"
+
+
+def header_lines(run: Document, style: Style) -> Iterator[str]:
+    """What was asked for, by whom, when."""
+    yield f"{style.paint('run ' + str(run['run_id']), 'bold')} of pipeline {run['pipeline']}: {style.status(run['status'])}"
+    ended = f", ended {moment(run['ended_at'])}" if run["ended_at"] else ""
+    yield f"  requested by {run['requested_by']}, started {moment(run['started_at'])}{ended} ({duration(run['duration_ms'])})"
+    request = run["request"]
+    asked = ", ".join(f"{key}: {_brief(request[key])}" for key in sorted(request)) or "everything, no options"
+    yield f"  request: {visible(asked)}"
+    if run["reason"]:
+        approver = f" (approved by {run['approved_by']})" if run["approved_by"] else ""
+        yield f"  reason: {visible(run['reason'])}{approver}"
+    if run["cancel_requested_at"]:
+        reason = f": {run['cancel_reason']}" if run["cancel_reason"] else ""
+        yield f"  cancelled by {run['cancel_requested_by']} at {moment(run['cancel_requested_at'])}{visible(reason)}"
+    if run["is_dead"]:
+        yield f"  {style.paint('its session is gone; what it committed stays, the rest was rolled back', 'red')}"
+    elif run["status"] == "abandoned":
+        yield f"  {visible(run['error_message'])}"
+
+
+def _brief(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def window_lines(run: Document) -> Iterator[str]:
+    """The window that each step read, where it has one."""
+    for step in last_attempts(run):
+        if step["window_until"] and step["started_at"]:
+            yield f"  [{step['order_index']}] {step['procedure']} read {window(step['window_since'], step['window_until'])}"
+
+
+def window(since: str | None, until: str | None) -> str:
+    """A window as people read it: half open, the beginning when it has no start."""
+    if until is None:
+        return ""
+    return f"[{_bound(since) or 'beginning'}, {_bound(until)})"
+
+
+def _bound(bound: str | None) -> str:
+    if bound is None:
+        return ""
+    if "T" in bound[:11]:
+        return moment(bound)
+    return bound if len(bound) <= 40 else f"{bound[:39]}…"
+
+
+def next_steps(run: Document) -> list[str]:
+    """What to type next; nothing after a success."""
+    run_id = run["run_id"]
+    if run["is_dead"]:
+        return ["b2s run    records it as abandoned, and runs what is left to do"]
+    if run["status"] == "running":
+        return [f"b2s cancel {run_id}    finishes the step in flight and skips the rest"]
+    again = [s["procedure"] for s in last_attempts(run) if s["status"] != "succeeded"]
+    if not again:
+        return []
+    return [f"b2s run {' '.join(again)}    once the cause is repaired"]
