@@ -25,7 +25,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 443e0f38d79a9f5ce07ee2eb2f5e73f1981cc67aac00b804430806c63bb445f4
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 d54eaaa78c8069ef74720872233c6cb60268424669454dd0b8f7400e2fd39541
+\set sha256 81ecaa9f0ffd127b4eeac5a3c331f4d4f93491c346eaf7329fd63a2a32e8abfb
 \ir install/migration.sql
 
 -- Engine
@@ -73,6 +73,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/freeze_full_refresh.sql
 \ir api/plan_config.sql
 \ir api/apply_config.sql
+\ir api/diagnose.sql
 
 -- Views
 \ir views.sql

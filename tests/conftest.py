@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import psycopg
 import pytest
 
 from b2s.embedded import EmbeddedError
@@ -50,7 +49,7 @@ def _server(config: pytest.Config) -> Server:
             pytest.fail(config.stash[_PROBLEM], pytrace=False)
         try:
             config.stash[_SERVER] = servers.start(servers.choose(config.getoption("--pg")))
-        except (NoServer, EmbeddedError, psycopg.OperationalError) as error:
+        except (NoServer, EmbeddedError) as error:
             config.stash[_PROBLEM] = str(error)
             pytest.fail(str(error), pytrace=False)
     return config.stash[_SERVER]
@@ -173,8 +172,9 @@ def cron_server() -> Iterator[Server]:
 
 @pytest.fixture
 def cron_db(cron_server: Server) -> Iterator[Database]:
-    """A migrated database with the extension pg_cron."""
+    """A migrated database with the extension pg_cron, whose scheduler is running."""
     database = cron_server.create_database(servers.CRON_DATABASE, template=cron_server.migrated_template())
+    cron_server.restart()  # the scheduler gives up for good when its database is missing or dropped
     with cron_server.connect(servers.CRON_DATABASE) as conn:
         conn.execute("create extension pg_cron")
     yield database

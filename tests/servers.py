@@ -259,9 +259,12 @@ def _given() -> Server:
     dsn = os.environ.get("B2S_TEST_DSN")
     if not dsn:
         raise NoServer("--pg dsn: set B2S_TEST_DSN to a superuser's DSN")
-    with psycopg.connect(dsn, connect_timeout=10) as conn:
-        version = conn.info.parameter_status("server_version") or "0"
-        is_superuser = conn.info.parameter_status("is_superuser") == "on"
+    try:
+        with psycopg.connect(dsn, connect_timeout=10) as conn:
+            version = conn.info.parameter_status("server_version") or "0"
+            is_superuser = conn.info.parameter_status("is_superuser") == "on"
+    except psycopg.Error as error:
+        raise NoServer(f"B2S_TEST_DSN leads nowhere: {error}") from error
     server = Server("dsn", dsn, version.split()[0])
     if server.major < OLDEST_MAJOR:
         raise NoServer(f"B2S_TEST_DSN leads to Postgres {version}; b2s needs {OLDEST_MAJOR} or newer")
@@ -271,6 +274,10 @@ def _given() -> Server:
 
 
 def _container(label: str, settings: Mapping[str, Setting]) -> Server:
+    if not docker_answers():
+        raise NoServer(
+            f"--pg {label}: needs a Docker daemon that answers, and pip install 'b2s[docker-tests]'"
+        )
     from testcontainers.postgres import PostgresContainer
 
     container = PostgresContainer(f"postgres:{label.removeprefix('docker') or NEWEST_MAJOR}", driver=None)

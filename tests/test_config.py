@@ -908,7 +908,7 @@ SCHEDULES: list[tuple[str, str, str]] = [
     (
         "an unknown reaction",
         "name: n, cron: 5 seconds, tags: [x], on_conflict: wait",
-        "8:56 on_conflict must be 'skip' or 'queue'",
+        "8:56 on_conflict must be 'skip', 'queue' or 'fail'",
     ),
 ]
 SCHEDULED = HEAD + "    tags: [x]\n    params: {k: {type: integer, required: true}}\nschedules:\n  - {"

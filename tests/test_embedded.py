@@ -91,7 +91,7 @@ def test_a_temporary_server_is_removed_when_the_program_ends_without_stopping_it
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(embedded.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     home = Path(answer.stdout.strip())
     assert home.name.startswith("b2s-")

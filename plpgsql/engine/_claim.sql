@@ -1,9 +1,12 @@
 -- Claiming the next scope of a run. Runs in a transaction of its own, committed asynchronously: a crash that loses it
 -- loses nothing, and the window it fixes is older than the snapshot in which the data will be read.
+--
+-- etl._claim sets enable_seqscan = off and plan_cache_mode = force_generic_plan for all that it calls: every statement here
+-- is a primary-key access planned once per session. Left alone, the server plans some of them anew for every step (200 us).
 
 -- A scope that ended frees those that wait for it.
 create or replace function etl._release(run_id bigint, scope_index int) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_freed int[];
 begin
@@ -19,7 +22,7 @@ revoke all on function etl._release(bigint, int) from public;
 
 -- Ends scopes that will not run: their steps and refreshes are skipped, what waits for them is freed.
 create or replace function etl._skip_scopes(run_id bigint, scopes int[], reason text) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_scope int;
 begin
@@ -29,7 +32,6 @@ begin
      and p.run_id = s.run_id and p.order_index between s.first_order_index and s.last_order_index and p.status = 'pending';
   update etl.mv_refreshes m set status = 'skipped', skip_reason = reason, ended_at = clock_timestamp()
    where m.run_id = _skip_scopes.run_id and m.scope_index = any (scopes) and m.status = 'pending';
-  update etl.run_scopes s set status = 'ended' where s.run_id = _skip_scopes.run_id and s.scope_index = any (scopes);
   foreach v_scope in array coalesce(scopes, '{}') loop
     perform etl._release(run_id, v_scope);
   end loop;
@@ -37,33 +39,36 @@ end $$;
 comment on function etl._skip_scopes(bigint, int[], text) is 'Skips scopes that were not started, with a reason, and frees what waits for them.';
 revoke all on function etl._skip_scopes(bigint, int[], text) from public;
 
-create or replace function etl._skip_pending(run_id bigint, reason text) returns void
-language sql volatile set search_path = pg_catalog, pg_temp as $$
-  select etl._skip_scopes(_skip_pending.run_id, array_agg(s.scope_index), _skip_pending.reason)
-    from etl.run_scopes s where s.run_id = _skip_pending.run_id and s.status = 'pending' and s.kind <> 'barrier'
+-- Scopes whose steps or refresh were not started.
+create or replace function etl._pending_scopes(run_id bigint) returns int[]
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select array_agg(q.scope_index) from (
+    select p.scope_index from etl.procedure_runs p where p.run_id = _pending_scopes.run_id and p.status = 'pending'
+    union select m.scope_index from etl.mv_refreshes m where m.run_id = _pending_scopes.run_id and m.status = 'pending') q
 $$;
-comment on function etl._skip_pending(bigint, text) is 'Skips everything of a run that was not started.';
-revoke all on function etl._skip_pending(bigint, text) from public;
+comment on function etl._pending_scopes(bigint) is 'The scopes of a run that were not started, or null.';
+revoke all on function etl._pending_scopes(bigint) from public;
 
--- Takes the first scope after the one given that waits for nothing; from the start when there is none after it.
--- A barrier has nothing to run: taking it ends it.
-create or replace function etl._take_scope(run_id bigint, after_scope int) returns etl.run_scopes
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+-- The first scope after the one given that waits for nothing and was not started; from the start when there is none after it.
+create or replace function etl._next_scope(run_id bigint, after_scope int) returns etl.run_scopes
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_scope etl.run_scopes;
 begin
-  update etl.run_scopes t
-     set status = case t.kind when 'barrier' then 'ended' else 'running' end, worker_pid = pg_backend_pid()
-   where t.run_id = _take_scope.run_id and t.scope_index = (
-     select s.scope_index from etl.run_scopes s
-      where s.run_id = _take_scope.run_id and s.scope_index > after_scope and s.status = 'pending' and s.remaining_dependencies = 0
-      order by s.scope_index limit 1 for update skip locked)
-  returning t.* into v_scope;
-  if v_scope.scope_index is null and after_scope > 0 then return etl._take_scope(run_id, 0); end if;
+  select s.* into v_scope
+    from etl.run_scopes s
+   where s.run_id = _next_scope.run_id and s.scope_index > after_scope and s.remaining_dependencies = 0
+     and case s.kind
+           when 'steps' then (select p.status from etl.procedure_runs p
+                               where p.run_id = s.run_id and p.order_index = s.first_order_index and p.attempt = s.attempt) = 'pending'
+           when 'refresh' then (select m.status from etl.mv_refreshes m where m.run_id = s.run_id and m.scope_index = s.scope_index) = 'pending'
+           else not s.is_passed end
+   order by s.scope_index limit 1;
+  if v_scope.scope_index is null and after_scope > 0 then return etl._next_scope(run_id, 0); end if;
   return v_scope;
 end $$;
-comment on function etl._take_scope(bigint, int) is 'Claims the next scope that is ready, or returns null.';
-revoke all on function etl._take_scope(bigint, int) from public;
+comment on function etl._next_scope(bigint, int) is 'The next scope that is ready to start, or null.';
+revoke all on function etl._next_scope(bigint, int) from public;
 
 -- Why a refresh must not happen, or null.
 create or replace function etl._refresh_skip_reason(run_id bigint, scope_index int) returns text
@@ -81,22 +86,25 @@ $$;
 comment on function etl._refresh_skip_reason(bigint, int) is 'upstream_failed when a refresh must be skipped, else null.';
 revoke all on function etl._refresh_skip_reason(bigint, int) from public;
 
-create or replace function etl._start_scope(run etl.runs, scope etl.run_scopes) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+-- Takes a scope for this session. Another session may have taken it since it was seen pending: then nothing is updated.
+create or replace function etl._take_scope(run etl.runs, scope etl.run_scopes) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_step etl.procedure_runs;
+  v_name text;
 begin
   if scope.kind = 'refresh' then
-    update etl.mv_refreshes m set status = 'running', started_at = clock_timestamp()
-     where m.run_id = run.run_id and m.scope_index = scope.scope_index;
-    return;
+    update etl.mv_refreshes m set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
+     where m.run_id = run.run_id and m.scope_index = scope.scope_index and m.status = 'pending'
+    returning m.mv_name into v_name;
   end if;
   for v_step in
-    update etl.procedure_runs p set status = 'running', started_at = clock_timestamp()
+    update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
      where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
-       and p.attempt = scope.attempt
+       and p.attempt = scope.attempt and p.status = 'pending'
     returning p.*
   loop
+    v_name := v_step.procedure_name;
     if v_step.watermark_strategy is not null and v_step.window_until is null then
       perform etl._fix_window(v_step, run.as_of);
     end if;
@@ -104,19 +112,18 @@ begin
       perform etl._announce(jsonb_build_array(etl._step_event('step_started', v_step)));
     end if;
   end loop;
-  if v_step.order_index is null then
-    raise exception 'scope % of run % has no step to run', scope.scope_index, run.run_id;
-  end if;
-  perform set_config('application_name', format('b2s run %s %s', run.run_id, v_step.procedure_name), false);
+  perform set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false);
+  return v_name is not null;
 end $$;
-comment on function etl._start_scope(etl.runs, etl.run_scopes) is 'Marks the steps of a claimed scope running and fixes their windows.';
-revoke all on function etl._start_scope(etl.runs, etl.run_scopes) from public;
+comment on function etl._take_scope(etl.runs, etl.run_scopes) is
+  'Marks the steps or the refresh of a scope running in this session and fixes windows; false when another session was faster.';
+revoke all on function etl._take_scope(etl.runs, etl.run_scopes) from public;
 
 -- ended_scope: the scope whose data this session has just committed; events: what to tell about it.
 -- action: run (scope_index, kind and isolation say what) or done.
 create or replace function etl._claim(run_id bigint, ended_scope int, events jsonb,
   out action text, out scope_index int, out kind text, out isolation text)
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_run    etl.runs := etl._check_owner(run_id);
   v_scope  etl.run_scopes;
@@ -124,15 +131,16 @@ declare
 begin
   if events <> '[]' then perform etl._announce(events); end if;
   if ended_scope is not null then perform etl._release(run_id, ended_scope); end if;
-  if v_run.cancel_requested_at is not null then perform etl._skip_pending(run_id, 'cancelled'); end if;
+  if v_run.cancel_requested_at is not null then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled'); end if;
   loop
-    v_scope := etl._take_scope(run_id, coalesce(ended_scope, 0));
+    v_scope := etl._next_scope(run_id, coalesce(ended_scope, 0));
     if v_scope.scope_index is null then
       perform etl._finish_run(v_run);
       action := 'done';
       return;
     end if;
     if v_scope.kind = 'barrier' then
+      update etl.run_scopes s set is_passed = true where s.run_id = _claim.run_id and s.scope_index = v_scope.scope_index;
       perform etl._release(run_id, v_scope.scope_index);
       continue;
     end if;
@@ -143,9 +151,8 @@ begin
         continue;
       end if;
     end if;
-    exit;
+    exit when etl._take_scope(v_run, v_scope);
   end loop;
-  perform etl._start_scope(v_run, v_scope);
   perform set_config('synchronous_commit', 'off', true);
   action := 'run'; scope_index := v_scope.scope_index; kind := v_scope.kind; isolation := v_scope.isolation;
 end $$;

@@ -87,8 +87,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       select case when default_sql is not null and not p ? 'default'
                then format('case when $5 ? %L then %s else %s end', binding, e.value_sql, default_sql) else e.value_sql end
         from jsonb_array_elements(procedure->'params') p,
-             lateral (select case when p->>'type' = 'array' then format('etl._text_array($5->%L)::%s', binding, type)
-                                  when type in ('json', 'jsonb') then format('($5->%L)::%s', binding, type)
+             lateral (select case when type in ('json', 'jsonb') then format('($5->%L)::%s', binding, type)
+                                  when p->>'type' = 'array' then format('etl._text_array($5->%L)::%s', binding, type)
                                   else format('($5->>%L)::%s', binding, type) end as value_sql) e
        where p->>'name' = binding)
   end

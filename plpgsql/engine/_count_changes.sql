@@ -16,7 +16,7 @@ revoke all on function etl._change_baseline() from public;
 grant execute on function etl._change_baseline() to etl_operator;
 
 create or replace function etl._count_changes(inout seen jsonb, out changes jsonb)
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
 declare
   v_table record;
   v_old   jsonb;
@@ -31,7 +31,9 @@ begin
                and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')) q
      where q.i + q.u + q.d > 0 or seen ? q.oid::text
   loop
-    continue when v_table.name ~ '^(etl|pg_toast|pg_temp_\d+)\.';
+    -- A temporary table is named without its schema here; one that the step itself dropped is gone.
+    continue when v_table.name ~ '^(etl|pg_toast)\.'
+      or (select c.relpersistence in ('p', 'u') from pg_catalog.pg_class c where c.oid = v_table.oid) is not true;
     v_old := coalesce(seen->v_table.oid::text, '[0, 0, 0]');
     -- TRUNCATE takes back what the transaction had counted before it: then the count since is all there is.
     if v_table.i < (v_old->>0)::bigint or v_table.u < (v_old->>1)::bigint or v_table.d < (v_old->>2)::bigint then v_old := '[0, 0, 0]'; end if;

@@ -47,14 +47,13 @@ declare
 begin
   perform etl._check_owner(run_id);
   select * into strict v_refresh from etl.mv_refreshes m
-   where m.run_id = _execute_refresh.run_id and m.scope_index = _execute_refresh.scope_index and m.status = 'running';
+   where m.run_id = _execute_refresh.run_id and m.scope_index = _execute_refresh.scope_index and m.status = 'running' and m.worker_pid = pg_backend_pid();
   begin
     v_done := etl._refresh(v_refresh.mv_name, v_refresh.concurrency);
     update etl.mv_refreshes m
        set status = 'succeeded', ended_at = clock_timestamp(), is_concurrent = v_done.is_concurrent, warning = v_done.warning
      where m.run_id = v_refresh.run_id and m.scope_index = v_refresh.scope_index
     returning m.* into v_refresh;
-    update etl.run_scopes s set status = 'ended' where s.run_id = v_refresh.run_id and s.scope_index = v_refresh.scope_index;
     return jsonb_build_object('events', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('event', 'refresh_succeeded',
       'run_id', v_refresh.run_id, 'mv_name', v_refresh.mv_name, 'is_concurrent', v_refresh.is_concurrent,
       'duration_ms', v_refresh.duration_ms, 'warning', v_refresh.warning))));

@@ -1,11 +1,32 @@
 -- Executing one scope: ONE subtransaction holds its steps, their row counts, checks, watermarks and outcome.
 -- The caller commits when this returns events, and rolls everything back when it returns a failure.
 
+-- The steps of a scope that this session has claimed, in order. As in etl._claim, planned once and by primary key.
+create or replace function etl._claimed_steps(run_id bigint, scope_index int) returns etl.procedure_runs[]
+language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+declare
+  v_scope etl.run_scopes;
+  v_steps etl.procedure_runs[];
+begin
+  select * into v_scope from etl.run_scopes s where s.run_id = _claimed_steps.run_id and s.scope_index = _claimed_steps.scope_index;
+  v_steps := array(
+    select p from etl.procedure_runs p
+     where p.run_id = v_scope.run_id and p.order_index between v_scope.first_order_index and v_scope.last_order_index
+       and p.attempt = v_scope.attempt and p.status = 'running' and p.worker_pid = pg_backend_pid()
+     order by p.order_index);
+  if v_steps = '{}' then
+    raise exception using errcode = '42501', message = format('scope %s of run %s is not claimed by this session', scope_index, run_id);
+  end if;
+  return v_steps;
+end $$;
+comment on function etl._claimed_steps(bigint, int) is 'The steps of a scope that this session has claimed. Raises 42501 if there is none.';
+revoke all on function etl._claimed_steps(bigint, int) from public;
+
 -- The outcome of a step, written with its data. An index lookup even on a tiny table: a sequential scan here would
 -- make serializable scopes that run side by side fail each other.
 create or replace function etl._record_success(step etl.procedure_runs, step_started_at timestamptz, row_count bigint, changes jsonb, unmet_checks jsonb)
 returns jsonb
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 begin
   update etl.procedure_runs p
      set status = 'succeeded', started_at = step_started_at, ended_at = clock_timestamp(), rows_affected = row_count,
@@ -31,6 +52,7 @@ declare
   v_rows       bigint;
   v_unmet      jsonb;
   v_counts     record;
+  v_lock_timeout text := current_setting('lock_timeout');
 begin
   select p.lock_timeout_ms, p.checks, l.search_path into v_settings
     from etl.procedures p join etl.pipelines l on l.pipeline_id = run.pipeline_id
@@ -39,7 +61,12 @@ begin
   if v_settings.search_path <> '{}' then
     perform set_config('search_path', (select 'pg_catalog, ' || string_agg(quote_ident(s), ', ') || ', pg_temp' from unnest(v_settings.search_path) s), true);
   end if;
-  execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
+  -- A procedure without output arguments has nothing that INTO could take.
+  if step.rows_column is null then
+    execute step.statement using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
+  else
+    execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
+  end if;
   if v_settings.search_path <> '{}' then perform set_config('search_path', 'pg_catalog, pg_temp', true); end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
@@ -50,6 +77,8 @@ begin
   end if;
   if v_settings.checks <> '[]' then v_unmet := etl._run_checks(step.procedure_name, v_settings.checks); end if;
   if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows, run.requested_by); end if;
+  -- The next step of the group has its own.
+  if v_settings.lock_timeout_ms is not null then perform set_config('lock_timeout', v_lock_timeout, true); end if;
   event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_unmet);
 end $$;
 comment on function etl._execute_step(etl.runs, etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
@@ -60,30 +89,20 @@ create or replace function etl._execute_scope(run_id bigint, scope_index int, se
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_run     etl.runs := etl._check_owner(run_id);
-  v_scope   etl.run_scopes;
+  v_steps   etl.procedure_runs[] := etl._claimed_steps(run_id, scope_index);
   v_step    etl.procedure_runs;
   v_result  record;
   v_events  jsonb := '[]';
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
-  select * into v_scope from etl.run_scopes s where s.run_id = _execute_scope.run_id and s.scope_index = _execute_scope.scope_index;
-  if v_scope.status <> 'running' or v_scope.worker_pid <> pg_backend_pid() then
-    raise exception using errcode = '42501', message = format('scope %s of run %s is not claimed by this session', scope_index, run_id);
-  end if;
   begin
-    for v_step in
-      select * from etl.procedure_runs p
-       where p.run_id = v_scope.run_id and p.order_index between v_scope.first_order_index and v_scope.last_order_index
-         and p.attempt = v_scope.attempt
-       order by p.order_index
-    loop
+    foreach v_step in array v_steps loop
       v_result := etl._execute_step(v_run, v_step, seen);
       seen := v_result.seen;
       v_events := v_events || v_result.event;
     end loop;
     set constraints all immediate;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
-    update etl.run_scopes s set status = 'ended' where s.run_id = v_scope.run_id and s.scope_index = v_scope.scope_index;
     return jsonb_build_object('events', v_events, 'seen', seen);
   exception when query_canceled or assert_failure or others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,

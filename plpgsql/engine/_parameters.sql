@@ -67,6 +67,18 @@ end $$;
 comment on function etl._parameter_problem(jsonb, jsonb) is 'What is wrong with the value of a parameter, given its declaration, or null.';
 revoke all on function etl._parameter_problem(jsonb, jsonb) from public;
 
+-- 1.0 is an integer in JSON and none in SQL.
+create or replace function etl._normal_value(declaration jsonb, value jsonb) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select case
+    when declaration->>'type' = 'integer' then to_jsonb(trunc((value #>> '{}')::numeric))
+    when declaration#>>'{items,type}' = 'integer'
+      then (select coalesce(jsonb_agg(trunc(e.item::numeric) order by e.n), '[]') from jsonb_array_elements(value) with ordinality e(item, n))
+    else value end
+$$;
+comment on function etl._normal_value(jsonb, jsonb) is 'A valid value of a parameter, integers without a decimal point.';
+revoke all on function etl._normal_value(jsonb, jsonb) from public;
+
 -- A null counts as not given. Returns the values to use, defaults included, and all problems.
 create or replace function etl._check_parameters(
   procedure_id int, procedure_name text, given jsonb, out parameters jsonb, out problems jsonb)
@@ -81,9 +93,7 @@ begin
     return;
   end if;
   given := jsonb_strip_nulls(coalesce(given, '{}'));
-  select coalesce(jsonb_object_agg(d.key, case when given->d.key is null then d.value->'default'
-                                              when d.value->>'type' = 'integer' then to_jsonb(trunc((given->>d.key)::numeric))
-                                              else given->d.key end)
+  select coalesce(jsonb_object_agg(d.key, etl._normal_value(d.value, coalesce(given->d.key, d.value->'default')))
            filter (where given ? d.key or d.value ? 'default'), '{}')
     into parameters
     from jsonb_each(v_declared) d

@@ -10,9 +10,39 @@ end $$;
 comment on function etl._refuse_change() is 'Trigger: refuses to change history. Raises PT409 history.immutable.';
 revoke all on function etl._refuse_change() from public;
 
+-- The invariants of an attempt, by name, and its duration. A trigger because it costs a tenth of what check constraints
+-- and a generated column cost (migrations/0002_runtime.sql).
+create or replace function etl._guard_attempt() returns trigger
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_broken text;
+begin
+  if tg_op = 'UPDATE' and old.ended_at is not null then
+    perform etl._fail('PT409', 'history.immutable', 'UPDATE refused: what etl.procedure_runs says has ended and cannot be changed',
+      'history is kept as it happened; to correct data, start another run', '{"table": "etl.procedure_runs"}');
+  end if;
+  v_broken := case
+    when (new.ended_at is null) <> (new.status in ('pending', 'running')) then 'an_ended_attempt_has_an_end'
+    when new.status in ('failed', 'retrying') and new.error_code is null then 'a_failed_attempt_says_why'
+    when (new.status = 'skipped') <> (new.skip_reason is not null) then 'a_skipped_attempt_says_why' end;
+  if v_broken is not null then
+    raise exception using errcode = 'check_violation', schema = 'etl', table = 'procedure_runs', constraint = v_broken,
+      message = format('new row for table etl.procedure_runs violates %s', v_broken);
+  end if;
+  new.duration_ms := extract(epoch from new.ended_at - new.started_at) * 1000;
+  return new;
+end $$;
+comment on function etl._guard_attempt() is
+  'Trigger: an ended attempt cannot be changed (PT409 history.immutable), and an attempt is consistent in itself (23514).';
+revoke all on function etl._guard_attempt() from public;
+
 create or replace trigger an_ended_run_is_immutable before update or delete on etl.runs
   for each row when (old.ended_at is not null) execute function etl._refuse_change();
-create or replace trigger an_ended_attempt_is_immutable before update or delete on etl.procedure_runs
+create or replace trigger an_ended_attempt_is_immutable before update on etl.procedure_runs
+  for each row execute function etl._guard_attempt();
+create or replace trigger an_attempt_begins_as_it_may before insert on etl.procedure_runs
+  for each row execute function etl._guard_attempt();
+create or replace trigger an_attempt_is_not_deleted before delete on etl.procedure_runs
   for each row when (old.ended_at is not null) execute function etl._refuse_change();
 create or replace trigger an_ended_refresh_is_immutable before update or delete on etl.mv_refreshes
   for each row when (old.ended_at is not null) execute function etl._refuse_change();

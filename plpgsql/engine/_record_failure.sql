@@ -2,22 +2,22 @@
 
 -- Everything that needs one of these scopes, directly or not, and was not started.
 create or replace function etl._requiring_scopes(run_id bigint, scope_index int) returns int[]
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   with recursive down(scope_index) as (
     select unnest(s.required_by) from etl.run_scopes s
      where s.run_id = _requiring_scopes.run_id and s.scope_index = _requiring_scopes.scope_index
     union
     select unnest(s.required_by) from down d join etl.run_scopes s on s.run_id = _requiring_scopes.run_id and s.scope_index = d.scope_index
   )
-  select array_agg(d.scope_index) from down d
-    join etl.run_scopes s on s.run_id = _requiring_scopes.run_id and s.scope_index = d.scope_index and s.status = 'pending'
+  select array_agg(distinct d.scope_index) from down d
+    join etl.procedure_runs p on p.run_id = _requiring_scopes.run_id and p.scope_index = d.scope_index and p.status = 'pending'
 $$;
 comment on function etl._requiring_scopes(bigint, int) is 'The pending scopes that need one to succeed, transitively, or null.';
 revoke all on function etl._requiring_scopes(bigint, int) from public;
 
 -- The new attempt has the same window, parameters and statement.
 create or replace function etl._prepare_attempt(scope etl.run_scopes) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, watermark_strategy, state_key, window_since, window_until)
@@ -26,14 +26,14 @@ begin
          p.window_since, p.window_until
     from etl.procedure_runs p
    where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt;
-  update etl.run_scopes s set status = 'pending', attempt = s.attempt + 1, worker_pid = null
+  update etl.run_scopes s set attempt = s.attempt + 1
    where s.run_id = scope.run_id and s.scope_index = scope.scope_index;
 end $$;
 comment on function etl._prepare_attempt(etl.run_scopes) is 'Plans the next attempt of a whole scope.';
 revoke all on function etl._prepare_attempt(etl.run_scopes) from public;
 
 create or replace function etl._record_step_failure(scope etl.run_scopes, failure jsonb, failed_status text) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   -- An error outside every step (a deferred constraint, the serialization probe) belongs to the last one.
   v_failed int := coalesce((failure->>'order_index')::int, scope.last_order_index);
@@ -94,7 +94,7 @@ revoke all on function etl._record_refresh_failure(etl.run_scopes, jsonb) from p
 
 -- Returns the milliseconds to wait before the scope is claimed again, or null: the run goes on with what is left.
 create or replace function etl._record_failure(run_id bigint, scope_index int, failure jsonb) returns float8
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
 declare
   v_run   etl.runs := etl._check_owner(run_id);
   v_scope etl.run_scopes;
@@ -102,7 +102,7 @@ declare
   v_stops boolean;
 begin
   select * into strict v_scope from etl.run_scopes s
-   where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index and s.status = 'running';
+   where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
   -- Nobody cancels one statement to see the next one start: a cancel ends the run.
   if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then
     update etl.runs r set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = failure->>'message'
@@ -119,14 +119,13 @@ begin
       return v_delay;
     end if;
   end if;
-  update etl.run_scopes s set status = 'ended' where s.run_id = v_scope.run_id and s.scope_index = v_scope.scope_index;
   perform etl._release(run_id, scope_index);
   perform etl._skip_scopes(run_id, etl._requiring_scopes(run_id, scope_index),
                            case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   select bool_or(p.on_failure = 'stop') into v_stops
     from etl.procedure_runs s join etl.procedures p using (procedure_id)
    where s.run_id = _record_failure.run_id and s.order_index between v_scope.first_order_index and v_scope.last_order_index;
-  if v_stops then perform etl._skip_pending(run_id, 'stopped'); end if;
+  if v_stops then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
   return null;
 end $$;
 comment on function etl._record_failure(bigint, int, jsonb) is

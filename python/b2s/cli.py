@@ -1,10 +1,10 @@
 """The command line: which commands there are, the options they share, and how a failure becomes words.
 
-A command lives in `b2s.commands`, with `configure(parser)` and `execute(arguments) -> exit code`. Only the one that is
-called is imported, and heavy libraries only inside `execute`: `b2s --help` answers at once.
+A command lives in `b2s.commands`, with `configure(parser)` and `execute(arguments) -> exit code`. Only the one
+that is called is imported, and heavy libraries only inside `execute`: `b2s --help` answers at once.
 
-Exit codes: 0 ok; 1 findings, drift, a failed or cancelled run; 2 usage or configuration; 3 database unreachable or
-refused; 130 interrupted; 141 the reader of the output went away.
+Exit codes: 0 ok; 1 findings, drift, a failed or cancelled run; 2 usage or configuration; 3 database unreachable
+or refused; 130 interrupted; 141 the reader of the output went away.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _BROKEN_PIPE: Final = 141
 _INTERRUPTED: Final = 130
 _EPILOG: Final = """\
 Every option that names a B2S_ variable takes its default from it. NO_COLOR turns colours off.
-Exit codes: 0 ok; 1 findings, drift or a failed run; 2 usage or configuration; 3 database unreachable or refused."""
+Exit codes: 0 ok; 1 findings, drift or a failed run; 2 usage or configuration;
+3 database unreachable or refused; 130 interrupted."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,7 +104,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"b2s {__version__}")
     _add_shared(parser, is_outer=True)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", parser_class=_Parser
+    )
     chosen = _chosen(words)
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(
@@ -120,7 +123,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_shared(parser: argparse.ArgumentParser, *, is_outer: bool) -> None:
-    """The options that may stand before or after the command; the inner ones must not overwrite the outer ones."""
+    """The options that may stand before or after the command; the inner must not overwrite the outer."""
 
     def default(value: object) -> object:
         return value if is_outer else argparse.SUPPRESS
@@ -141,7 +144,7 @@ def _add_shared(parser: argparse.ArgumentParser, *, is_outer: bool) -> None:
 
 
 def _chosen(words: Sequence[str]) -> str | None:
-    """The command that the words name, found without parsing them: the first one that is no option nor its value."""
+    """The command, found without parsing: the first word that is neither an option nor the value of one."""
     is_value = False
     for word in words:
         if is_value:

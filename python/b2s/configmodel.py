@@ -455,8 +455,8 @@ class Schedule(Model):
     groups: Identifiers = Field(default=(), description="The groups that run.")
     tags: Tags = Field(default=(), description="The tags of which the procedures run.")
     params: dict[str, dict[str, Any]] = Field(default={}, description="Procedure -> param -> value.")
-    on_conflict: Literal["skip", "queue"] = Field(
-        default="skip", description="When a run is active already: skip this one, or queue it behind."
+    on_conflict: Literal["skip", "queue", "fail"] = Field(
+        default="skip", description="When a run is active already: skip this one, queue it behind, or fail."
     )
     catch_up: bool = Field(
         default=False, description="Run once, late, after a time at which the clock stood still."

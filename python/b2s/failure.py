@@ -8,12 +8,23 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 
 from b2s.errors import B2SError, DatabaseError, detail_of
 from b2s.render import Style, visible, visible_lines
+
+
+_COMMANDS: Final = {
+    "run.unknown": "b2s runs lists the runs there are",
+    "run.ended": "b2s show explains how it ended",
+    "run.dead": "nothing is left to cancel: the next b2s run records it as abandoned",
+    "procedure.unknown": "b2s status lists the procedures there are",
+    "full_refresh.unconfirmed": "add --confirm-full-refresh",
+    "full_refresh.no_reason": "add --reason '...'",
+}
+"""What to type, by code, where the database can only say what to call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +39,14 @@ class Failure:
 
     def document(self) -> dict[str, Any]:
         """The failure for programs."""
-        return {"error": {"code": self.code, "message": self.message, "hint": self.hint, "errors": list(self.errors)}}
+        return {
+            "error": {
+                "code": self.code,
+                "message": self.message,
+                "hint": self.hint,
+                "errors": list(self.errors),
+            }
+        }
 
 
 def explain(error: BaseException, *, is_json: bool = False) -> int:
@@ -51,7 +69,13 @@ def failure_of(error: BaseException) -> Failure:
         cause = error.__cause__
         found = detail_of(cause).get("errors", []) if isinstance(cause, psycopg.Error) else []
         code = error.code or error.sqlstate or "database.unreachable"
-        return Failure(str(error), error.hint, code, error.exit_code, tuple(e for e in found if isinstance(e, dict)))
+        problems = tuple(
+            {**one, "hint": _in_words_of_the_shell(one.get("code"), one.get("hint"))}
+            for one in found
+            if isinstance(one, dict)
+        )
+        hint = _in_words_of_the_shell(error.code, error.hint)
+        return Failure(str(error).removeprefix("connection is bad: "), hint, code, error.exit_code, problems)
     if isinstance(error, B2SError):
         return Failure(str(error), error.hint, "usage", error.exit_code)
     return _by_type(error)
@@ -63,7 +87,8 @@ def _by_type(error: BaseException) -> Failure:
 
     if isinstance(error, ConfigError):
         problems = tuple(
-            {"line": p.line, "column": p.column, "loc": list(p.loc), "message": p.message, "hint": p.hint} for p in error.problems
+            {"line": p.line, "column": p.column, "loc": list(p.loc), "message": p.message, "hint": p.hint}
+            for p in error.problems
         )
         return Failure(str(error), None, "config.invalid", 2, problems)
     if isinstance(error, EmbeddedError):
@@ -81,21 +106,26 @@ def _by_type(error: BaseException) -> Failure:
     )
 
 
+def _in_words_of_the_shell(code: str | None, hint: str | None) -> str | None:
+    """The hint of an error of the database, which is written for SQL clients, as a command where there is one."""
+    return _COMMANDS.get(code or "", hint)
+
+
 def _lines(failure: Failure, style: Style) -> list[str]:
     if failure.code == "config.invalid" and failure.errors:
         return failure.message.splitlines()
-    first, *more = visible_lines(failure.message) or [""]
-    lines = [f"{style.paint('error:', 'red')} {first}", *more]
-    hints = {failure.hint}
-    for problem in failure.errors:
-        message, hint = problem.get("message"), problem.get("hint")
-        if isinstance(message, str) and message != failure.message:
-            lines.append(f"{style.paint('error:', 'red')} {visible(message)}")
-        if isinstance(hint, str) and hint not in hints:
-            hints.add(hint)
-            lines.append(f"{style.paint('hint:', 'cyan')} {visible(hint)}")
-    if failure.hint:
-        lines.insert(1 + len(more), f"{style.paint('hint:', 'cyan')} {visible(failure.hint)}")
+    problems = [(str(one.get("message", "")), one.get("hint")) for one in failure.errors]
+    if "; ".join(message for message, _ in problems) != failure.message:
+        problems.insert(0, (failure.message, failure.hint))
+    lines: list[str] = []
+    said: set[str | None] = {None}
+    for message, hint in [*problems, ("", failure.hint)]:
+        if message not in said and message:
+            first, *more = visible_lines(message)
+            lines += [f"{style.paint('error:', 'red')} {first}", *more]
+        if hint not in said:
+            lines.append(f"{style.paint('hint:', 'cyan')} {visible(str(hint))}")
+        said |= {message, hint}
     return lines
 
 

@@ -34,7 +34,9 @@ def style() -> Style:
     return Style.of(sys.stdout)
 
 
-def documents(connection: Connection, query: str, arguments: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def documents(
+    connection: Connection, query: str, arguments: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """The rows of a query, each as the object that the server's to_jsonb makes of it."""
     rows = connection.execute(f"select to_jsonb(q) from ({query}) q".encode(), arguments)  # noqa: S608 - our own query
     return [row[0] for row in rows]

@@ -1,7 +1,7 @@
 """Text for people: tables that fit the terminal, colours that can be turned off, durations and dates.
 
-Nothing here knows what is shown. Text that comes from a database passes `visible`, so that it cannot steer the
-terminal that shows it.
+Nothing here knows what is shown. Text that comes from a database passes `visible`, so that it cannot steer
+the terminal that shows it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _COLOURS: Final = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow"
 _NARROWEST: Final = 14
 _GAP: Final = "  "
 STATUS_COLOURS: Final = {
-    "succeeded": "green", "running": "cyan", "completed_with_warnings": "yellow", "retrying": "yellow", "skipped": "yellow",
-    "queued": "dim", "pending": "dim", "rolled_back": "yellow", "failed": "red", "cancelled": "red", "abandoned": "red",
-    "ok": "green", "warn": "yellow", "fail": "red",
+    "succeeded": "green", "running": "cyan", "completed_with_warnings": "yellow", "retrying": "yellow",
+    "skipped": "yellow", "queued": "dim", "pending": "dim", "rolled_back": "yellow", "failed": "red",
+    "cancelled": "red", "abandoned": "red", "ok": "green", "warn": "yellow", "fail": "red",
 }  # fmt: skip
 """How each status of a run, step, refresh or check is shown."""
 
@@ -34,7 +34,7 @@ class Style:
 
     @classmethod
     def of(cls, stream: TextIO | None) -> Style:
-        """The style of a stream. NO_COLOR (any value) and TERM=dumb turn colours off; so does whatever is no terminal."""
+        """The style of a stream. NO_COLOR (any value), TERM=dumb and what is no terminal turn colours off."""
         if stream is None or stream.closed or not stream.isatty():
             return cls()
         has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
@@ -53,7 +53,7 @@ class Style:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table. One that may wrap gives way when the terminal is too narrow; an empty one is left out."""
+    """A column of a table. One that may wrap gives way on a narrow terminal; an empty one is left out."""
 
     title: str
     is_number: bool = False
@@ -68,7 +68,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], style: St
     if not shown:
         return []
     layout = [
-        replace(columns[index], width=max(len(columns[index].title), *(len(row[index]) for row in texts))) for index in shown
+        replace(columns[index], width=max(len(columns[index].title), *(len(row[index]) for row in texts)))
+        for index in shown
     ]
     layout = _fitted(layout, style.width)
     lines = [style.paint(_line(layout, [column.title for column in layout], style, is_title=True), "bold")]
@@ -87,7 +88,9 @@ def _fitted(layout: list[Column], width: int | None) -> list[Column]:
         return layout
     excess = sum(column.width for column in layout) + len(_GAP) * (len(layout) - 1) - width
     while excess > 0:
-        candidates = [index for index, column in enumerate(layout) if column.may_wrap and column.width > _NARROWEST]
+        candidates = [
+            index for index, column in enumerate(layout) if column.may_wrap and column.width > _NARROWEST
+        ]
         if not candidates:
             break
         widest = max(candidates, key=lambda index: layout[index].width)
@@ -145,7 +148,7 @@ def duration(milliseconds: float | None) -> str:
 
 
 def moment(text: str | None) -> str:
-    """A timestamp of the database without its fraction: `2026-11-21 07:20:11+00:00` becomes `2026-11-21 07:20:11`."""
+    """A timestamp of the database without its fraction: `2026-11-21 07:20:11`."""
     return "" if text is None else text[:19].replace("T", " ")
 
 

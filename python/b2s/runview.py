@@ -1,4 +1,4 @@
-"""A run as people read it: its steps, what failed and why, what was skipped because of that, what to type next."""
+"""A run as people read it: its steps, what failed and why, what was skipped because of it, what to do next."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _SKIPPED: Final = {
     "reused": "an earlier run has done it",
 }
 _STEPS: Final = (
-    Column("step", is_number=True), Column("procedure"), Column("mode"), Column("status"), Column("attempt", is_number=True),
-    Column("rows", is_number=True), Column("inserted", is_number=True), Column("updated", is_number=True),
-    Column("deleted", is_number=True), Column("took", is_number=True), Column("remark", may_wrap=True),
+    Column("step", is_number=True), Column("procedure"), Column("mode"), Column("status"),
+    Column("attempt", is_number=True), Column("rows", is_number=True), Column("inserted", is_number=True),
+    Column("updated", is_number=True), Column("deleted", is_number=True), Column("took", is_number=True),
+    Column("remark", may_wrap=True),
 )  # fmt: skip
 
 
@@ -81,8 +82,13 @@ def _remark(step: Document, steps: Sequence[Document]) -> str | None:
     if step["status"] == "rolled_back":
         return str(step["error_message"] or "rolled back with its group")
     if step["error_message"]:
-        return str(step["error_code"])
-    return "; ".join(f"check {w['name']}: {plural(w['violations'], 'violation')}" for w in step["warnings"] or []) or None
+        return f"{step['error_class']} ({step['error_code']})"
+    return (
+        "; ".join(
+            f"check {w['name']}: {plural(w['violations'], 'violation')}" for w in step["warnings"] or []
+        )
+        or None
+    )
 
 
 def _refresh_remark(refresh: Document) -> str | None:
@@ -106,7 +112,9 @@ def failed_causes(step: Document, steps: Sequence[Document]) -> list[str]:
             causes.append(current["procedure"])
             continue
         pending += [
-            by_name[needed["procedure"]] for needed in current["dependencies"] if needed["procedure"] in by_name
+            by_name[needed["procedure"]]
+            for needed in current["dependencies"]
+            if needed["procedure"] in by_name
         ]
         if current["tx_scope"] == "per_group":
             pending += [one for one in steps if one["group_name"] == current["group_name"]]
@@ -138,13 +146,15 @@ def failure_lines(run: Document, style: Style, *, is_full: bool = False) -> Iter
     for refresh in run["mv_refreshes"]:
         if refresh["status"] == "failed":
             yield ""
-            yield f"{style.paint('failed:', 'red')} refresh of {refresh['mv_name']}: {visible(refresh['error_message'])}"
+            message = visible(refresh["error_message"])
+            yield f"{style.paint('failed:', 'red')} refresh of {refresh['mv_name']}: {message}"
             if refresh["error_hint"]:
                 yield f"  {style.paint('hint:', 'cyan')} {visible(refresh['error_hint'])}"
 
 
 def _details(step: Document) -> Iterator[str]:
-    yield f"  code: {step['error_code']} ({step['error_class']}, SQLSTATE {step['sqlstate']}), attempt {step['attempt']}"
+    kind = f"{step['error_class']}, SQLSTATE {step['sqlstate']}"
+    yield f"  code: {step['error_code']} ({kind}), attempt {step['attempt']}"
     for title, text in (
         ("detail", _plain_detail(step["error_detail"])),
         ("context", step["error_context"]),
@@ -157,7 +167,7 @@ def _details(step: Document) -> Iterator[str]:
 
 
 def _plain_detail(detail: str | None) -> str | None:
-    """DETAIL as the server gave it; the JSON of an error of b2s repeats code and message, so only its rest is shown."""
+    """DETAIL as the server gave it; of the JSON in an error of b2s only what was not shown already."""
     try:
         document = json.loads(detail or "")
     except ValueError:
@@ -181,9 +191,11 @@ def summary(run: Document, style: Style) -> str:
 
 def header_lines(run: Document, style: Style) -> Iterator[str]:
     """What was asked for, by whom, when."""
-    yield f"{style.paint('run ' + str(run['run_id']), 'bold')} of pipeline {run['pipeline']}: {style.status(run['status'])}"
+    title = style.paint(f"run {run['run_id']}", "bold")
+    yield f"{title} of pipeline {run['pipeline']}: {style.status(run['status'])}"
     ended = f", ended {moment(run['ended_at'])}" if run["ended_at"] else ""
-    yield f"  requested by {run['requested_by']}, started {moment(run['started_at'])}{ended} ({duration(run['duration_ms'])})"
+    took = f" ({duration(run['duration_ms'])})" if run["duration_ms"] is not None else ""
+    yield f"  requested by {run['requested_by']}, started {moment(run['started_at'])}{ended}{took}"
     request = run["request"]
     asked = ", ".join(f"{key}: {_brief(request[key])}" for key in sorted(request)) or "everything, no options"
     yield f"  request: {visible(asked)}"
@@ -192,9 +204,11 @@ def header_lines(run: Document, style: Style) -> Iterator[str]:
         yield f"  reason: {visible(run['reason'])}{approver}"
     if run["cancel_requested_at"]:
         reason = f": {run['cancel_reason']}" if run["cancel_reason"] else ""
-        yield f"  cancelled by {run['cancel_requested_by']} at {moment(run['cancel_requested_at'])}{visible(reason)}"
+        when = moment(run["cancel_requested_at"])
+        yield f"  cancelled by {run['cancel_requested_by']} at {when}{visible(reason)}"
     if run["is_dead"]:
-        yield f"  {style.paint('its session is gone; what it committed stays, the rest was rolled back', 'red')}"
+        gone = "its session is gone; what it committed stays, the rest was rolled back"
+        yield f"  {style.paint(gone, 'red')}"
     elif run["status"] == "abandoned":
         yield f"  {visible(run['error_message'])}"
 
@@ -207,22 +221,29 @@ def window_lines(run: Document) -> Iterator[str]:
     """The window that each step read, where it has one."""
     for step in last_attempts(run):
         if step["window_until"] and step["started_at"]:
-            yield f"  [{step['order_index']}] {step['procedure']} read {window(step['window_since'], step['window_until'])}"
+            what = window(step["window_since"], step["window_until"])
+            yield f"  [{step['order_index']}] {step['procedure']} read {what}"
 
 
 def window(since: str | None, until: str | None) -> str:
     """A window as people read it: half open, the beginning when it has no start."""
     if until is None:
         return ""
-    return f"[{_bound(since) or 'beginning'}, {_bound(until)})"
+    if since == until:
+        return f"nothing, empty at {bound(until)}"
+    first, last = bound(since) or "beginning", bound(until)
+    if since and first == last:
+        first, last = (value[:23].replace("T", " ") for value in (since, until))
+    return f"[{first}, {last})"
 
 
-def _bound(bound: str | None) -> str:
-    if bound is None:
+def bound(value: str | None) -> str:
+    """A watermark, or one end of a window; shortened where it is long."""
+    if value is None:
         return ""
-    if "T" in bound[:11]:
-        return moment(bound)
-    return bound if len(bound) <= 40 else f"{bound[:39]}…"
+    if "T" in value[:11]:
+        return moment(value)
+    return value if len(value) <= 40 else f"{value[:39]}…"
 
 
 def next_steps(run: Document) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any, Final
 _CASTS: Final = {
     "mode": "text", "procedures": "text[]", "groups": "text[]", "tags": "text[]", "with_upstream": "boolean",
     "with_downstream": "boolean", "as_of": "timestamptz", "params": "jsonb", "transaction_scope": "text",
-    "mv_refresh": "jsonb", "idempotency_key": "text", "confirm_full_refresh": "boolean", "approved_by": "text",
-    "reason": "text", "max_concurrency": "int", "pipeline": "text",
+    "mv_refresh": "jsonb", "idempotency_key": "text", "confirm_full_refresh": "boolean",
+    "approved_by": "text", "reason": "text", "max_concurrency": "int", "pipeline": "text",
 }  # fmt: skip
 """The arguments of etl.start_run, each with its type."""
 _NOT_FOR_PLANS: Final = ("idempotency_key",)
@@ -23,12 +23,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to run (their union; nothing: all)")
     what.add_argument("words", nargs="*", metavar="PROCEDURE", help="names of procedures")
     what.add_argument("--procedures", action="append", default=[], metavar="A,B", help="the same, repeatable")
-    what.add_argument("--groups", action="append", default=[], metavar="A,B", help="all members of these groups")
-    what.add_argument("--tags", action="append", default=[], metavar="A,B", help="everything with one of these tags")
+    what.add_argument(
+        "--groups", action="append", default=[], metavar="A,B", help="all members of these groups"
+    )
+    what.add_argument(
+        "--tags", action="append", default=[], metavar="A,B", help="everything with one of these tags"
+    )
     what.add_argument("--with-upstream", action="store_true", help="and everything they need")
     what.add_argument("--with-downstream", action="store_true", help="and everything that needs them")
     what.add_argument(
-        "--pipeline", default=os.environ.get("B2S_PIPELINE"), metavar="NAME", help="which pipeline (B2S_PIPELINE)"
+        "--pipeline",
+        default=os.environ.get("B2S_PIPELINE"),
+        metavar="NAME",
+        help="which pipeline (B2S_PIPELINE)",
     )
     how = parser.add_argument_group("how to run it")
     how.add_argument("--mode", choices=("incremental", "full"), help="default: each procedure's own")
@@ -40,9 +47,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PROCEDURE.NAME=VALUE",
         help="a parameter, e.g. silver.fact_sales.country=DE; repeatable",
     )
-    how.add_argument("--params", metavar="JSON", help='parameters by procedure: {"silver.fact_sales": {"country": "DE"}}')
-    how.add_argument("--transaction-scope", choices=("per_procedure", "per_group"), help="override the configuration")
-    how.add_argument("--mv-refresh", metavar="true|false|NAME,..", help="materialized views: all due, none, or these")
+    how.add_argument(
+        "--params", metavar="JSON", help='parameters by procedure: {"silver.fact_sales": {"country": "DE"}}'
+    )
+    how.add_argument(
+        "--transaction-scope", choices=("per_procedure", "per_group"), help="override the configuration"
+    )
+    how.add_argument(
+        "--mv-refresh", metavar="true|false|NAME,..", help="materialized views: all due, none, or these"
+    )
     how.add_argument("--max-concurrency", type=int, metavar="N", help="override the configuration")
     full = parser.add_argument_group("a full refresh needs")
     full.add_argument("--confirm-full-refresh", action="store_true", help="your confirmation")
@@ -53,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def request_of(arguments: argparse.Namespace, declared: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The arguments for etl.start_run that were given; `declared`: the parameters of each procedure.
 
-    Raises UsageError for options that cannot be understood. Whether they are valid is for the database to say.
+    Raises UsageError for options that cannot be understood; whether they are valid, the database says.
     """
     request: dict[str, Any] = {
         "mode": arguments.mode,
@@ -130,7 +143,8 @@ def _params(
         procedure, is_qualified, name = place.strip().rpartition(".")
         if not (is_assigned and is_qualified and name):
             raise UsageError(
-                f"--param {word} is not PROCEDURE.NAME=VALUE", "for example: --param silver.fact_sales.country=DE"
+                f"--param {word} is not PROCEDURE.NAME=VALUE",
+                "for example: --param silver.fact_sales.country=DE",
             )
         declaration = declared.get(procedure, {}).get(name, {})
         params.setdefault(procedure, {})[name] = _typed(value, declaration)
@@ -141,7 +155,7 @@ _EXAMPLE_OF_PARAMS: Final = """for example: --params '{"silver.fact_sales": {"co
 
 
 def _typed(value: str, declaration: Mapping[str, Any]) -> Any:
-    """The value as its declaration has it; what does not fit stays text, and the database says what is wrong."""
+    """The value as its declaration has it; what does not fit stays text, and the database says why."""
     kind = declaration.get("type", "string")
     if kind == "array":
         items = declaration.get("items", {"type": "string"})

@@ -38,7 +38,9 @@ def execute(arguments: argparse.Namespace) -> int:
     for name in done.applied:
         print(f"+ migration {name}")
     if arguments.dry_run:
-        print(f"b2s {done.after} installs cleanly over {done.before or 'nothing'}; rolled back, nothing changed")
+        print(
+            f"b2s {done.after} installs cleanly over {done.before or 'nothing'}; rolled back, nothing changed"
+        )
     elif done.before is None:
         print(f"b2s {done.after} is installed")
     elif done.before == done.after:

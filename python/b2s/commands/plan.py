@@ -33,7 +33,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if arguments.execute:
             return rehearse(connection, request, is_json=arguments.json)
         named, values = selection.call_arguments(selection.without_key(request))
-        items = documents(connection, f"select * from etl.plan_run({named})", values)
+        items = documents(connection, f"select * from etl.plan_run({named})", values)  # noqa: S608 - our own
     if arguments.json:
         print_json(items)
         return 0
@@ -97,9 +97,9 @@ def statement_lines(items: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def rehearse(connection: Connection, request: Mapping[str, Any], *, is_json: bool) -> int:
-    """Runs a request in one transaction that is rolled back, and reports what it did. Exit code 1 on a failure."""
+    """Runs a request in one transaction that is rolled back, and reports what it did; 1 on a failure."""
     from b2s.output import print_json, print_lines, remark, style
-    from b2s.runview import failure_lines, steps_table
+    from b2s.runview import failure_lines, last_attempts, steps_table
 
     if not is_json:
         remark("rehearsing: every step really runs, then everything is rolled back")
@@ -123,5 +123,5 @@ def rehearse(connection: Connection, request: Mapping[str, Any], *, is_json: boo
         print_lines(steps_table(rehearsed, look))
         print_lines(failure_lines(rehearsed, look))
         print("everything was rolled back: no data, no watermark and no run is left of it")
-    failed = [*rehearsed["steps"], *rehearsed["mv_refreshes"]]
-    return 1 if any(one["status"] in ("failed", "rolled_back") for one in failed) else 0
+    outcomes = {one["status"] for one in (*last_attempts(rehearsed), *rehearsed["mv_refreshes"])}
+    return 1 if outcomes & {"failed", "rolled_back", "cancelled"} else 0

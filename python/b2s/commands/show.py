@@ -45,13 +45,15 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def run_id_of(connection: Connection, word: str) -> int:
-    """The run that a word means: its number, or the newest for `latest`. Raises UsageError for anything else."""
+    """The run that a word means: its number, or `latest`. Raises UsageError for anything else."""
     from b2s.errors import UsageError
 
     if word.isdecimal() and int(word) < 2**63:
         return int(word)
     if word != "latest":
-        raise UsageError(f"{word!r} is not the number of a run", "b2s runs lists them; the newest is called latest")
+        raise UsageError(
+            f"{word!r} is not the number of a run", "b2s runs lists them; the newest is called latest"
+        )
     row = connection.execute("select max(run_id) from etl.runs").fetchone()
     if row is None or row[0] is None:
         raise UsageError("there is no run yet", "b2s run")

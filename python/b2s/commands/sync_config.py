@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s sync-config."""
     parser.epilog = (
-        "Prints + added, ~ changed (old -> new), - removed; ! marks what was changed in the catalog by other means."
+        "Prints + added, ~ changed (old -> new), - removed; ! what changed in the catalog by other means."
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")

@@ -1,0 +1,120 @@
+"""b2s doctor: looks at everything that can be wrong with an installation, and says how to repair it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from b2s.db import Connection
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one check; a remedy when it is not ok."""
+
+    check_name: str
+    status: Status
+    detail: str
+    remedy: str | None = None
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """b2s doctor has no options of its own."""
+    parser.epilog = "Changes nothing. Exit code 1 when a check fails; warnings do not count."
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Prints each check with its outcome."""
+    from b2s.output import print_json, style
+    from b2s.render import visible
+
+    findings = []
+    look = style()
+    for finding in _findings(arguments.dsn, Path(arguments.config)):
+        findings.append(finding)
+        if not arguments.json:
+            padding = " " * (4 - len(finding.status))
+            print(f"{look.status(finding.status)}{padding}  {finding.check_name}: {visible(finding.detail)}")
+            if finding.remedy:
+                print(f"      {look.paint('remedy:', 'cyan')} {visible(finding.remedy)}", flush=True)
+    if arguments.json:
+        print_json([asdict(finding) for finding in findings])
+    return 1 if any(finding.status == "fail" for finding in findings) else 0
+
+
+def _findings(dsn: str, config: Path) -> Iterator[Finding]:
+    from b2s.db import connect
+    from b2s.errors import DatabaseError
+    from b2s.failure import failure_of
+
+    try:
+        with connect(dsn) as connection:
+            info = connection.info
+            yield Finding(
+                "connection", "ok", f"{info.user} at {info.host or 'local socket'}, database {info.dbname}"
+            )
+            is_usable, installation = _installation(connection)
+            yield installation
+            if is_usable:
+                for row in connection.execute("select * from etl.diagnose()"):
+                    yield Finding(*row)
+                yield from _configuration(connection, config)
+    except DatabaseError as error:
+        failure = failure_of(error)
+        yield Finding("connection", "fail", failure.message, failure.hint)
+
+
+def _installation(connection: Connection) -> tuple[bool, Finding]:
+    """Whether b2s can be asked anything here, and how its installation is."""
+    import psycopg
+
+    from b2s.migrate import pending
+
+    name = "installation"
+    try:
+        found = pending(connection)
+    except psycopg.errors.InsufficientPrivilege:
+        user = connection.info.user
+        detail = f"{user} may not use schema etl"
+        return False, Finding(name, "fail", detail, f"grant etl_reader to {user}")
+    row = connection.execute("select to_regprocedure('etl.diagnose()') is not null").fetchone()
+    is_usable = row == (True,)
+    if found.is_current and is_usable:
+        return True, Finding(name, "ok", f"b2s {found.installed}, current")
+    detail = f"b2s {found.installed or 'is not installed'}, this is {found.release}"
+    return is_usable, Finding(name, "fail", detail, "b2s migrate")
+
+
+def _configuration(connection: Connection, path: Path) -> Iterator[Finding]:
+    """Whether the file, when there is one, is what the database has."""
+    from b2s.config import ConfigError, load_config
+    from b2s.render import plural
+    from b2s.sync import plan_config
+
+    if not path.is_file():
+        yield Finding("configuration file", "ok", f"{path} is not here, so nothing is compared with it")
+        return
+    try:
+        plan = plan_config(connection, load_config(path))
+    except ConfigError as error:
+        count = plural(len(error.problems), "problem")
+        yield Finding(
+            "configuration file", "fail", f"{path} has {count}", "b2s sync-config --dry-run shows them"
+        )
+        return
+    if plan.changes:
+        detail = f"{path} has {plural(len(plan.changes), 'change')} that the database does not"
+        yield Finding(
+            "configuration file",
+            "warn",
+            detail,
+            "b2s sync-config --dry-run shows them, b2s sync-config applies them",
+        )
+    else:
+        yield Finding("configuration file", "ok", f"{path} is what the database has")

@@ -1,0 +1,108 @@
+"""b2s status: what is going on, and how things stand."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from b2s.render import Style
+
+_LAST_RUNS: Final = """
+select distinct on (h.pipeline) h.*,
+       (select jsonb_agg(jsonb_build_object('order_index', s.order_index, 'procedure', s.procedure, 'attempt', s.attempt,
+                                            'duration_ms', s.duration_ms) order by s.order_index)
+          from etl.step_history s where s.run_id = h.run_id and s.status = 'running') as running_steps,
+       (select count(*) from etl.step_history s where s.run_id = h.run_id and s.status in ('succeeded', 'failed', 'skipped')) as ended_steps
+  from etl.run_history h
+ order by h.pipeline, h.run_id desc"""
+_HEALTH: Final = "select * from etl.procedure_health h order by h.pipeline, h.type, h.procedure"
+_FREEZE: Final = "select * from etl.full_refresh_freezes f order by f.freeze_id desc limit 1"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """b2s status has no options of its own."""
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Prints the last run of each pipeline, what an active one is at, the health of each procedure, the freeze."""
+    from b2s.db import connect
+    from b2s.output import documents, print_json, print_lines, style
+
+    with connect(arguments.dsn) as connection:
+        runs = documents(connection, _LAST_RUNS)
+        health = documents(connection, _HEALTH)
+        freezes = documents(connection, _FREEZE)
+    freeze = freezes[0] if freezes else None
+    if arguments.json:
+        print_json({"runs": runs, "procedures": health, "full_refresh_freeze": freeze})
+        return 0
+    look = style()
+    if not health:
+        print("no pipeline is configured: b2s sync-config")
+    if health and not runs:
+        print("nothing has run yet: b2s run")
+    print_lines(line for run in runs for line in _run_lines(run, look))
+    if freeze and freeze["is_frozen"]:
+        print(
+            look.paint(f"full refreshes are frozen by {freeze['changed_by']}: {freeze['reason']}", "yellow")
+        )
+    print_lines(_health_lines(health, look))
+    return 0
+
+
+def _run_lines(run: Mapping[str, Any], style: Style) -> Iterator[str]:
+    from b2s.render import duration, moment, visible
+
+    head = f"pipeline {run['pipeline']}: run {run['run_id']} {style.status(run['status'])}"
+    if run["is_dead"]:
+        yield f"{head}, but its session is gone; the next b2s run records it as abandoned"
+        return
+    if run["status"] != "running":
+        yield f"{head}, {moment(run['ended_at'])}, took {duration(run['duration_ms'])}, requested by {run['requested_by']}"
+        if run["error_message"]:
+            yield f"  {visible(run['error_message'])}"
+            yield f"  b2s show {run['run_id']}"
+        return
+    since = f"for {duration(run['duration_ms'])}, {run['ended_steps']} of {run['step_count']} steps ended"
+    yield f"{head} {since}, requested by {run['requested_by']}"
+    for step in run["running_steps"] or []:
+        yield f"  at [{step['order_index']}] {step['procedure']} for {duration(step['duration_ms'])}"
+    if run["cancel_requested_at"]:
+        yield f"  it is being cancelled, asked by {run['cancel_requested_by']}"
+
+
+def _health_lines(health: Sequence[Mapping[str, Any]], style: Style) -> list[str]:
+    from b2s.render import Column, duration, moment, table
+    from b2s.runview import bound
+
+    several = len({one["pipeline"] for one in health}) > 1
+    columns = (
+        Column("pipeline"),
+        Column("procedure"),
+        Column("type"),
+        Column("last", may_wrap=False),
+        Column("run", is_number=True),
+        Column("rows", is_number=True),
+        Column("took", is_number=True),
+        Column("last success"),
+        Column("complete up to", may_wrap=True),
+        Column("error", may_wrap=True),
+    )
+    rows = [
+        (
+            one["pipeline"] if several else None,
+            one["procedure"],
+            one["type"],
+            one["last_status"] or "never ran",
+            one["last_run_id"],
+            one["last_rows_affected"],
+            duration(one["last_duration_ms"]),
+            moment(one["last_success_at"]),
+            bound(one["watermark"]),
+            one["last_error_message"],
+        )
+        for one in health
+    ]
+    return ["", *table(columns, rows, style)] if rows else []
