@@ -90,7 +90,7 @@ comment on column etl.runs.error_code is 'Stable code of the first failure, e.g.
 
 -- The engine's small scheduling state. A scope is a transaction: some steps, one refresh, or a barrier between phases.
 create table etl.run_scopes (
-  run_id                 bigint not null references etl.runs,
+  run_id                 bigint not null,
   scope_index            int not null,
   kind                   etl.scope_kind not null,
   isolation              text not null default 'read committed',
@@ -110,15 +110,16 @@ comment on column etl.run_scopes.attempt is 'The attempt at its steps that is pe
 comment on column etl.run_scopes.is_passed is 'For a barrier: all that comes before it has ended.';
 comment on column etl.run_scopes.precedes is 'Scopes that only have to come later (dimensions before facts).';
 
+-- No foreign key: rows are written together with their run, and runs and procedures are never deleted under them.
 -- No check constraint and no generated column here: this table is updated twice per step, and each update parses every
 -- one of them anew (48 us for four, more than the update itself). One trigger holds the invariants, names them, and
 -- computes duration_ms: plpgsql/engine/_protect_history.sql.
 create table etl.procedure_runs (
-  run_id             bigint not null references etl.runs,
+  run_id             bigint not null,
   order_index        int not null,
   attempt            int not null default 1,
   scope_index        int not null,
-  procedure_id       int not null references etl.procedures,
+  procedure_id       int not null,
   procedure_name     text not null,
   procedure_type     text not null,
   group_name         text,

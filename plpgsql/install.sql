@@ -25,7 +25,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 443e0f38d79a9f5ce07ee2eb2f5e73f1981cc67aac00b804430806c63bb445f4
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 81ecaa9f0ffd127b4eeac5a3c331f4d4f93491c346eaf7329fd63a2a32e8abfb
+\set sha256 efbc63f04cbb6da11571a2e1099e4e033c68009ef4c2a8be26dd5fbabc163bb4
 \ir install/migration.sql
 
 -- Engine

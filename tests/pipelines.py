@@ -197,8 +197,10 @@ class Pipeline:
         with self.db.connect() as conn:
             conn.execute(script.encode() if script == _OBJECTS else f"set role etl_owner; {script}".encode())
 
-    def routine(self, name: str, body: str | None = None, arguments: str = "", returns: str = "bigint") -> None:
-        """Create the function `silver.<name>`, owned by etl_owner; it returns the row count of its last statement."""
+    def routine(
+        self, name: str, body: str | None = None, arguments: str = "", returns: str = "bigint"
+    ) -> None:
+        """Create `silver.<name>`, owned by etl_owner; it returns the row count of its last statement."""
         body = body or f"insert into silver.trace (step) values ('{name}')"
         end = "get diagnostics n = row_count; return n;" if returns == "bigint" else ""
         self.sql(

@@ -62,7 +62,10 @@ def test_a_cancelled_run_finishes_its_step_and_skips_the_rest(pipeline: Pipeline
     }  # fmt: skip
     assert pipeline.trace() == ["a_quick", "b_slow"]
     row = pipeline.run(run_id)
-    assert (row["cancel_requested_by"], row["cancel_reason"]) == (pipeline.value("select session_user"), "lunch")
+    assert (row["cancel_requested_by"], row["cancel_reason"]) == (
+        pipeline.value("select session_user"),
+        "lunch",
+    )
     assert row["cancel_requested_at"] <= row["ended_at"]
     assert is_lock_free(pipeline)
 
@@ -88,9 +91,7 @@ def test_with_force_the_statement_in_flight_is_cancelled_too(pipeline: Pipeline)
 def test_an_operator_can_force_its_own_run_to_stop(pipeline: Pipeline, role: str) -> None:
     three_steps(pipeline)
     operator = pipeline.login(role)
-    other_session = pipeline.db.connect(
-        user=operator.info.user, password=operator.info.password or None
-    )
+    other_session = pipeline.db.connect(user=operator.info.user, password=operator.info.password or None)
     with pipeline.gate() as gate:
         started = pipeline.start_in_background(operator)
         gate.wait_for_arrivals()
@@ -155,7 +156,10 @@ def test_the_first_request_to_cancel_is_the_one_that_is_kept(pipeline: Pipeline)
         pipeline.value("select etl.cancel_run(%s, reason => 'second')", run_id)
         gate.open()
         started.result()
-    assert (pipeline.run(run_id)["cancel_reason"], pipeline.run(run_id)["cancel_requested_at"]) == ("first", first)
+    assert (pipeline.run(run_id)["cancel_reason"], pipeline.run(run_id)["cancel_requested_at"]) == (
+        "first",
+        first,
+    )
 
 
 RETRIES = {"attempts": 3, "backoff_ms": 20_000, "max_backoff_ms": 20_000}
@@ -167,7 +171,9 @@ def start_and_wait_for_backoff(pipeline: Pipeline, conn: Connection) -> Backgrou
     pipeline.apply()
     started = pipeline.start_in_background(conn)
     wait_until(
-        pipeline.conn, "select wait_event = 'PgSleep' from pg_stat_activity where pid = %s", [conn.info.backend_pid]
+        pipeline.conn,
+        "select wait_event = 'PgSleep' from pg_stat_activity where pid = %s",
+        [conn.info.backend_pid],
     )
     return started
 
@@ -178,7 +184,11 @@ def test_a_run_is_cancelled_while_it_waits_for_its_next_attempt(pipeline: Pipeli
     pipeline.value("select etl.cancel_run(%s)", run_id)
     run = started.result(timeout=8)
     assert run == (run_id, "cancelled")
-    assert [s["skip_reason"] or s["status"] for s in pipeline.steps(run_id)] == ["retrying", "cancelled", "cancelled"]
+    assert [s["skip_reason"] or s["status"] for s in pipeline.steps(run_id)] == [
+        "retrying",
+        "cancelled",
+        "cancelled",
+    ]
 
 
 def test_a_run_is_forced_to_stop_while_it_waits_for_its_next_attempt(pipeline: Pipeline) -> None:
@@ -245,7 +255,9 @@ def test_a_run_whose_refresh_was_cancelled_is_cancelled(pipeline: Pipeline) -> N
     reader.execute("begin; select * from silver.mv")
     started = pipeline.start_in_background(conn)
     wait_until(
-        pipeline.conn, "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s", [conn.info.backend_pid]
+        pipeline.conn,
+        "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s",
+        [conn.info.backend_pid],
     )
     conn.cancel()
     run = started.result()
@@ -306,6 +318,8 @@ def test_a_run_whose_session_was_terminated_is_abandoned_by_the_next_start(pipel
 
 def test_a_run_is_abandoned_when_the_server_stops_under_it(private_server: Server) -> None:
     db = private_server.create_database(template=private_server.migrated_template())
+    with private_server.connect() as conn:
+        conn.execute(f"alter database {db.name} set synchronous_commit = on".encode())
     with Pipeline(db) as pipeline:
         three_steps(pipeline)
         with pipeline.gate() as gate:
@@ -318,6 +332,7 @@ def test_a_run_is_abandoned_when_the_server_stops_under_it(private_server: Serve
             gate.conn = db.connect()
     with Pipeline(db) as pipeline:
         expect_abandoned(pipeline, run_id)
+    db.drop()
 
 
 CLIENT = """
@@ -335,13 +350,11 @@ def test_a_run_is_abandoned_when_its_client_is_killed(pipeline: Pipeline) -> Non
         run_id = active_run(pipeline)
         client.kill()
         client.wait()
-        wait_until(
-            pipeline.conn, "select not exists (select from pg_stat_activity where pid = %s)", [pid]
-        )
+        wait_until(pipeline.conn, "select not exists (select from pg_stat_activity where pid = %s)", [pid])
     expect_abandoned(pipeline, run_id)
 
 
-def test_an_idempotency_key_leads_to_the_abandoned_run_once_it_is_known_to_be_dead(pipeline: Pipeline) -> None:
+def test_who_asks_again_with_the_key_of_a_dead_run_learns_that_it_is_abandoned(pipeline: Pipeline) -> None:
     three_steps(pipeline)
     with pipeline.gate() as gate:
         started = pipeline.start_in_background(idempotency_key="monday")
@@ -350,9 +363,10 @@ def test_an_idempotency_key_leads_to_the_abandoned_run_once_it_is_known_to_be_de
         pipeline.value("select pg_terminate_backend(%s, 5000)", pid)
         with pytest.raises(psycopg.OperationalError):
             started.result()
-    pipeline.routine("b_slow")
-    assert pipeline.start().status == "succeeded"
     assert pipeline.start(idempotency_key="monday") == (run_id, "abandoned")
+    assert pipeline.outcomes(run_id)["b_slow"] == "abandoned"
+    pipeline.routine("b_slow")
+    assert pipeline.start(idempotency_key="tuesday").status == "succeeded"
 
 
 def test_a_step_that_is_terminated_does_not_block_another_pipeline(pipeline: Pipeline) -> None:

@@ -20,7 +20,9 @@ from tests.servers import Database
 PROJECT = Path(__file__).resolve().parents[1]
 PLPGSQL = PROJECT / "plpgsql"
 MIGRATIONS = sorted((PROJECT / "migrations").glob("*.sql"))
-CODE = sorted(path for path in PLPGSQL.rglob("*.sql") if path.name != "install.sql" and path.parent.name != "install")
+CODE = sorted(
+    path for path in PLPGSQL.rglob("*.sql") if path.name != "install.sql" and path.parent.name != "install"
+)
 API = [path for path in CODE if path.parent.name == "api"]
 ENGINE = [path for path in CODE if path.parent.name == "engine"]
 
@@ -69,7 +71,11 @@ def test_no_other_folder_stands_beside_the_fixed_ones() -> None:
     if git is None or not (PROJECT / ".git").exists():
         pytest.skip("the layout is read from git, and this is no clone")
     listed = subprocess.run(
-        [git, "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True, check=True
+        [git, "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     folders = {line.split("/")[0] for line in listed if "/" in line}
     assert {folder for folder in folders if not folder.startswith(".")} <= FOLDERS
@@ -78,7 +84,9 @@ def test_no_other_folder_stands_beside_the_fixed_ones() -> None:
 def test_the_manifest_lists_every_file_exactly_once_and_none_that_is_missing() -> None:
     lines = (PLPGSQL / "install.sql").read_text(encoding="utf-8").splitlines()
     included = Counter(line.removeprefix("\\ir ") for line in lines if line.startswith("\\ir "))
-    migrations = [line.removeprefix("\\set migration ") for line in lines if line.startswith("\\set migration ")]
+    migrations = [
+        line.removeprefix("\\set migration ") for line in lines if line.startswith("\\set migration ")
+    ]
     assert included.pop("install/migration.sql") == len(migrations)
     expected = [str(path.relative_to(PLPGSQL)) for path in PLPGSQL.rglob("*.sql")]
     expected.remove("install.sql")
@@ -98,7 +106,9 @@ def test_the_manifest_explains_the_model_before_it_does_anything() -> None:
 
 
 def test_migrations_are_numbered_without_a_gap() -> None:
-    assert [path.name.split("_")[0] for path in MIGRATIONS] == [f"{number:04}" for number in range(1, len(MIGRATIONS) + 1)]
+    assert [path.name.split("_")[0] for path in MIGRATIONS] == [
+        f"{number:04}" for number in range(1, len(MIGRATIONS) + 1)
+    ]
 
 
 @pytest.mark.parametrize("path", MIGRATIONS, ids=ids)
@@ -144,8 +154,21 @@ def test_a_code_file_begins_by_saying_why_it_is_there(path: Path) -> None:
 def test_a_migration_holds_no_routine_and_no_view_and_calls_none_of_ours(path: Path) -> None:
     stmts = statements(path)
     kinds = {type(stmt).__name__ for stmt in stmts}
-    assert kinds & {"CreateFunctionStmt", "ViewStmt", "CreateTableAsStmt", "CreateTrigStmt", "DoStmt", "TransactionStmt"} == set()
-    assert [name_of(call.funcname) for call in nodes(stmts, "FuncCall") if call.funcname[0].sval == "etl"] == []
+    assert (
+        kinds
+        & {
+            "CreateFunctionStmt",
+            "ViewStmt",
+            "CreateTableAsStmt",
+            "CreateTrigStmt",
+            "DoStmt",
+            "TransactionStmt",
+        }
+        == set()
+    )
+    assert [
+        name_of(call.funcname) for call in nodes(stmts, "FuncCall") if call.funcname[0].sval == "etl"
+    ] == []
 
 
 @pytest.mark.parametrize("path", CODE, ids=ids)
@@ -168,11 +191,15 @@ def test_a_code_file_is_complete_each_routine_with_its_comment_and_its_revoke(pa
         for stmt in stmts
         if type(stmt).__name__ == "CreateFunctionStmt"
     ]
-    commented = signatures(s.object for s in stmts if type(s).__name__ == "CommentStmt" and hasattr(s.object, "objname"))
+    commented = signatures(
+        s.object for s in stmts if type(s).__name__ == "CommentStmt" and hasattr(s.object, "objname")
+    )
     revoked = [
         signature
         for stmt in stmts
-        if type(stmt).__name__ == "GrantStmt" and not stmt.is_grant and stmt.grantees[0].roletype.name == "ROLESPEC_PUBLIC"
+        if type(stmt).__name__ == "GrantStmt"
+        and not stmt.is_grant
+        and stmt.grantees[0].roletype.name == "ROLESPEC_PUBLIC"
         for signature in signatures(stmt.objects)
     ]
     assert Counter(commented) == Counter(created)
@@ -190,26 +217,41 @@ select p.proname, p.oid::regprocedure::text as signature, obj_description(p.oid,
 
 def test_every_routine_has_a_comment_that_says_what_it_does(db: Database) -> None:
     lacking = [
-        signature for _, signature, comment, *_ in db.connect().execute(ROUTINES) if not comment or not comment.rstrip(")").endswith(".")
+        signature
+        for _, signature, comment, *_ in db.connect().execute(ROUTINES)
+        if not comment or not comment.rstrip(")").endswith(".")
     ]
     assert lacking == []
 
 
 def test_every_routine_pins_its_search_path_but_those_that_cannot(db: Database) -> None:
     """A body parsed when it was created (`return ...`) means the same under every search_path, and can be inlined."""
-    unpinned = {name: source for name, _, _, settings, _, source, _ in db.connect().execute(ROUTINES) if PINNED not in (settings or [])}
+    unpinned = {
+        name: source
+        for name, _, _, settings, _, source, _ in db.connect().execute(ROUTINES)
+        if PINNED not in (settings or [])
+    }
     assert {name for name, source in unpinned.items() if source} == COMMITTING
     assert "arrived" in unpinned
 
 
 def test_no_unpinned_routine_runs_with_the_rights_of_its_owner(db: Database) -> None:
-    assert {name for name, _, _, settings, definer, *_ in db.connect().execute(ROUTINES) if definer and not settings} == set()
+    assert {
+        name
+        for name, _, _, settings, definer, *_ in db.connect().execute(ROUTINES)
+        if definer and not settings
+    } == set()
 
 
 def test_a_routine_that_commits_qualifies_every_function_it_calls(db: Database) -> None:
-    sources = {name: source for name, _, _, _, _, source, _ in db.connect().execute(ROUTINES) if name in COMMITTING}
+    sources = {
+        name: source for name, _, _, _, _, source, _ in db.connect().execute(ROUTINES) if name in COMMITTING
+    }
     bare = {
-        name: re.findall(r"(?<![\w.])(?!coalesce|least|greatest|in|and|or|not|if|row)([a-z_]+)\(", re.sub(r"--[^\n]*", "", source))
+        name: re.findall(
+            r"(?<![\w.])(?!coalesce|least|greatest|in|and|or|not|if|row)([a-z_]+)\(",
+            re.sub(r"--[^\n]*", "", source),
+        )
         for name, source in sources.items()
     }
     assert bare == {"start_run": [], "_walk": []}
@@ -220,7 +262,11 @@ def test_every_routine_is_written_in_sql_or_plpgsql(db: Database) -> None:
 
 
 def test_no_routine_is_longer_than_eighty_lines(db: Database) -> None:
-    assert [signature for _, signature, _, _, _, source, _ in db.connect().execute(ROUTINES) if source.count("\n") > 80] == []
+    assert [
+        signature
+        for _, signature, _, _, _, source, _ in db.connect().execute(ROUTINES)
+        if source.count("\n") > 80
+    ] == []
 
 
 @pytest.mark.parametrize("path", CODE, ids=ids)
@@ -236,13 +282,17 @@ def test_every_routine_states_its_language_and_its_volatility(path: Path) -> Non
 
 
 def test_every_table_view_and_enum_has_a_comment(db: Database) -> None:
-    lacking = db.connect().execute(
-        """select relname from pg_class where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v') and not relispartition
+    lacking = (
+        db.connect()
+        .execute(
+            """select relname from pg_class where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v') and not relispartition
               and obj_description(oid, 'pg_class') is null
            union all
            select typname from pg_type t where typnamespace = 'etl'::regnamespace and obj_description(oid, 'pg_type') is null
               and (typtype = 'e' or exists (select from pg_class c where c.oid = t.typrelid and c.relkind = 'c'))"""
-    ).fetchall()
+        )
+        .fetchall()
+    )
     assert lacking == []
 
 
@@ -259,22 +309,33 @@ def test_names_of_columns_tell_their_types(db: Database) -> None:
              from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
             where c.relnamespace = 'etl'::regnamespace and c.relkind in ('r', 'p')"""
     )
-    wrong = [(table, column, kind) for table, column, kind in columns for name, types in kinds.items() if re.search(name, column) and kind not in types]
+    wrong = [
+        (table, column, kind)
+        for table, column, kind in columns
+        for name, types in kinds.items()
+        if re.search(name, column) and kind not in types
+    ]
     assert wrong == []
 
 
 def test_check_constraints_are_named_as_sentences(db: Database) -> None:
-    names = db.connect().execute(
-        """select k.conname from pg_constraint k join pg_class c on c.oid = k.conrelid
+    names = (
+        db.connect()
+        .execute(
+            """select k.conname from pg_constraint k join pg_class c on c.oid = k.conrelid
             where c.relnamespace = 'etl'::regnamespace and k.contype = 'c' and k.conname not like '%\\_is\\_only\\_row\\_check'"""
-    ).fetchall()
+        )
+        .fetchall()
+    )
     assert [name for (name,) in names if name.count("_") < 2 or name.endswith("_check")] == []
     assert len(names) > 20
 
 
 def test_nothing_in_schema_etl_is_open_to_public(db: Database) -> None:
-    open_to_public = db.connect().execute(
-        """select 'routine', oid::regprocedure::text from pg_proc, aclexplode(coalesce(proacl, acldefault('f', proowner))) a
+    open_to_public = (
+        db.connect()
+        .execute(
+            """select 'routine', oid::regprocedure::text from pg_proc, aclexplode(coalesce(proacl, acldefault('f', proowner))) a
             where pronamespace = 'etl'::regnamespace and a.grantee = 0
            union all
            select 'relation', relname from pg_class,
@@ -283,15 +344,21 @@ def test_nothing_in_schema_etl_is_open_to_public(db: Database) -> None:
            union all
            select 'schema', nspname from pg_namespace, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) a
             where nspname = 'etl' and a.grantee = 0"""
-    ).fetchall()
+        )
+        .fetchall()
+    )
     assert open_to_public == []
 
 
 def test_no_role_but_the_owner_may_write_a_table(db: Database) -> None:
-    writers = db.connect().execute(
-        """select relname, a.grantee::regrole::text, a.privilege_type from pg_class, aclexplode(relacl) a
+    writers = (
+        db.connect()
+        .execute(
+            """select relname, a.grantee::regrole::text, a.privilege_type from pg_class, aclexplode(relacl) a
             where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v') and a.grantee <> relowner and a.privilege_type <> 'SELECT'"""
-    ).fetchall()
+        )
+        .fetchall()
+    )
     assert writers == []
 
 

@@ -104,7 +104,9 @@ def add_migration(root: Path, name: str, sql: str) -> None:
     """One more migration in a copy of the files, listed with its sha256."""
     (root / "migrations" / f"{name}.sql").write_text(sql, encoding="utf-8")
     digest = sha256(sql.encode()).hexdigest()
-    add_to_manifest(root, "\n-- Engine\n", f"\\set migration {name}\n\\set sha256 {digest}\n\\ir install/migration.sql\n")
+    add_to_manifest(
+        root, "\n-- Engine\n", f"\\set migration {name}\n\\set sha256 {digest}\n\\ir install/migration.sql\n"
+    )
 
 
 def psql(server: Server) -> str:
@@ -142,7 +144,9 @@ def test_migrating_twice_is_the_same_as_once(empty_db: Database) -> None:
     assert len(once) > 300
 
 
-def test_psql_alone_installs_the_same_as_b2s_migrate(empty_db: Database, db: Database, server: Server) -> None:
+def test_psql_alone_installs_the_same_as_b2s_migrate(
+    empty_db: Database, db: Database, server: Server
+) -> None:
     done = run_psql(server, empty_db.dsn, sql_root() / "plpgsql" / "install.sql")
     assert done.returncode == 0, done.stderr
     assert fingerprint(empty_db.connect()) == fingerprint(db.connect())
@@ -195,24 +199,36 @@ def test_an_upgrade_ends_where_a_fresh_install_ends_and_keeps_the_data(
     upgraded = [line.replace(" 0.0.9", f" {b2s.__version__}") for line in fingerprint(conn)]
     assert upgraded == fingerprint(db.connect())
     if migrations:
-        assert conn.execute("select name, description from etl.pipelines").fetchall() == [("kept", "as it was")]
+        assert conn.execute("select name, description from etl.pipelines").fetchall() == [
+            ("kept", "as it was")
+        ]
 
 
 def test_a_new_migration_of_a_later_release_is_applied_once(db: Database, sql_copy: Path) -> None:
-    add_migration(sql_copy, "9001_notes", "create table etl.notes (note text);\ncomment on table etl.notes is 'Notes.';\n")
+    add_migration(
+        sql_copy,
+        "9001_notes",
+        "create table etl.notes (note text);\ncomment on table etl.notes is 'Notes.';\n",
+    )
     assert migrate(db.dsn).applied == ("9001_notes",)
     assert migrate(db.dsn).applied == ()
     conn = db.connect()
     assert conn.execute("select count(*) from etl.migrations where name = '9001_notes'").fetchone() == (1,)
-    assert conn.execute("select pg_get_userbyid(relowner) from pg_class where oid = 'etl.notes'::regclass").fetchone() == ("etl_owner",)
+    assert conn.execute(
+        "select pg_get_userbyid(relowner) from pg_class where oid = 'etl.notes'::regclass"
+    ).fetchone() == ("etl_owner",)
 
 
-def test_twenty_migrates_at_once_on_an_empty_database_all_succeed_and_install_once(empty_db: Database, db: Database) -> None:
+def test_twenty_migrates_at_once_on_an_empty_database_all_succeed_and_install_once(
+    empty_db: Database, db: Database
+) -> None:
     with ThreadPoolExecutor(20) as pool:
         done = list(pool.map(lambda _: migrate(empty_db.dsn), range(20)))
     assert sorted(len(one.applied) for one in done) == [0] * 19 + [len(MIGRATIONS)]
     conn = empty_db.connect()
-    assert conn.execute("select name from etl.migrations order by name").fetchall() == [(name,) for name in MIGRATIONS]
+    assert conn.execute("select name from etl.migrations order by name").fetchall() == [
+        (name,) for name in MIGRATIONS
+    ]
     assert fingerprint(conn) == fingerprint(db.connect())
 
 
@@ -231,18 +247,24 @@ def test_databases_of_one_new_server_can_be_migrated_at_the_same_moment(private_
 
 
 def test_everything_in_schema_etl_belongs_to_etl_owner(db: Database) -> None:
-    owners = db.connect().execute(
-        """select 'schema', nspowner::regrole::text from pg_namespace where nspname = 'etl'
+    owners = (
+        db.connect()
+        .execute(
+            """select 'schema', nspowner::regrole::text from pg_namespace where nspname = 'etl'
            union select 'relation', relowner::regrole::text from pg_class where relnamespace = 'etl'::regnamespace
            union select 'routine', proowner::regrole::text from pg_proc where pronamespace = 'etl'::regnamespace
            union select 'type', typowner::regrole::text from pg_type where typnamespace = 'etl'::regnamespace"""
-    ).fetchall()
+        )
+        .fetchall()
+    )
     assert sorted(owners) == [(kind, "etl_owner") for kind in ("relation", "routine", "schema", "type")]
 
 
 def test_the_roles_cannot_log_in_and_each_includes_the_one_below(db: Database) -> None:
     conn = db.connect()
-    logins = conn.execute("select rolname, rolcanlogin, rolsuper from pg_roles where rolname like 'etl\\_%' order by 1").fetchall()
+    logins = conn.execute(
+        "select rolname, rolcanlogin, rolsuper from pg_roles where rolname like 'etl\\_%' order by 1"
+    ).fetchall()
     assert [row for row in logins if row[0] in {"etl_admin", "etl_operator", "etl_owner", "etl_reader"}] == [
         ("etl_admin", False, False),
         ("etl_operator", False, False),
@@ -250,8 +272,18 @@ def test_the_roles_cannot_log_in_and_each_includes_the_one_below(db: Database) -
         ("etl_reader", False, False),
     ]
     member = "select pg_has_role(%s, %s, 'usage')"
-    ladder = [("etl_admin", "etl_operator"), ("etl_operator", "etl_reader"), ("etl_reader", "etl_operator"), ("etl_admin", "etl_owner")]
-    assert [conn.execute(member, pair).fetchone() for pair in ladder] == [(True,), (True,), (False,), (False,)]
+    ladder = [
+        ("etl_admin", "etl_operator"),
+        ("etl_operator", "etl_reader"),
+        ("etl_reader", "etl_operator"),
+        ("etl_admin", "etl_owner"),
+    ]
+    assert [conn.execute(member, pair).fetchone() for pair in ladder] == [
+        (True,),
+        (True,),
+        (False,),
+        (False,),
+    ]
 
 
 # -- what it drops, what it refuses --
@@ -262,7 +294,9 @@ def test_routines_that_an_older_release_left_are_dropped(db: Database) -> None:
     before = fingerprint(conn)
     conn.execute("create function etl._gone_in_this_release() returns int language sql as 'select 1'")
     conn.execute("create procedure etl.retired() language plpgsql as 'begin end'")
-    conn.execute("create function etl.cancel_run(run_id bigint) returns text language sql as 'select null::text'")
+    conn.execute(
+        "create function etl.cancel_run(run_id bigint) returns text language sql as 'select null::text'"
+    )
     with pytest.raises(psycopg.errors.AmbiguousFunction):
         conn.execute("select etl.cancel_run(1)")
     migrate(db.dsn)
@@ -272,13 +306,17 @@ def test_routines_that_an_older_release_left_are_dropped(db: Database) -> None:
 def test_a_hand_edited_routine_is_put_right(db: Database) -> None:
     conn = db.connect()
     before = fingerprint(conn)
-    conn.execute("create or replace function etl._requester() returns text language sql as $$ select 'nobody' $$")
+    conn.execute(
+        "create or replace function etl._requester() returns text language sql as $$ select 'nobody' $$"
+    )
     conn.execute("grant execute on function etl._requester() to public")
     migrate(db.dsn)
     assert fingerprint(conn) == before
 
 
-def test_a_migration_that_was_edited_after_it_was_released_is_refused_before_anything_is_done(sql_copy: Path, empty_db: Database) -> None:
+def test_a_migration_that_was_edited_after_it_was_released_is_refused_before_anything_is_done(
+    sql_copy: Path, empty_db: Database
+) -> None:
     append(sql_copy / "migrations" / "0001_catalog.sql", "\nselect 1;\n")
     with pytest.raises(UsageError) as caught:
         migrate(empty_db.dsn)
@@ -309,7 +347,10 @@ def test_a_migration_that_fails_leaves_an_installed_database_as_it_was(db: Datab
 
 
 def test_a_code_file_that_fails_leaves_an_empty_database_empty(empty_db: Database, sql_copy: Path) -> None:
-    append(sql_copy / "plpgsql" / "views.sql", "\ncreate or replace view etl.broken as select * from etl.nowhere;\n")
+    append(
+        sql_copy / "plpgsql" / "views.sql",
+        "\ncreate or replace view etl.broken as select * from etl.nowhere;\n",
+    )
     assert raised(lambda: migrate(empty_db.dsn)).sqlstate == "42P01"
     assert empty_db.connect().execute("select to_regnamespace('etl')").fetchone() == (None,)
 
@@ -340,7 +381,9 @@ def test_a_schema_etl_of_somebody_else_is_refused_and_left_alone(empty_db: Datab
     assert error.sqlstate == "PT409"
     assert "schema etl that is not b2s's" in str(error)
     assert "rename that schema" in str(error.hint)
-    relations = conn.execute("select relname from pg_class where relnamespace = 'etl'::regnamespace").fetchall()
+    relations = conn.execute(
+        "select relname from pg_class where relnamespace = 'etl'::regnamespace"
+    ).fetchall()
     assert relations == [("mine",)]
 
 
@@ -364,7 +407,10 @@ def waiting_run(db: Database) -> Iterator[Connection]:
     worker = db.connect()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(_swallow, worker)
-        wait_until(db.connect(), "select exists (select from pg_locks where not granted and relation = 'silver.gate'::regclass)")
+        wait_until(
+            db.connect(),
+            "select exists (select from pg_locks where not granted and relation = 'silver.gate'::regclass)",
+        )
         yield worker
         holder.rollback()
         running.result(timeout=30)
@@ -400,7 +446,10 @@ def test_an_active_run_is_not_upgraded_under_and_goes_on(waiting_run: Connection
 def test_a_dead_run_does_not_stand_in_the_way_of_an_upgrade(waiting_run: Connection, db: Database) -> None:
     conn = db.connect()
     conn.execute("select pg_terminate_backend(%s)", [waiting_run.info.backend_pid])
-    wait_until(conn, "select not exists (select from pg_locks where locktype = 'advisory' and classid = 6435443 and objid <> 0)")
+    wait_until(
+        conn,
+        "select not exists (select from pg_locks where locktype = 'advisory' and classid = 6435443 and objid <> 0)",
+    )
     assert conn.execute("select status from etl.runs").fetchall() == [("running",)]
     assert migrate(db.dsn).after == b2s.__version__
 
@@ -423,7 +472,9 @@ def test_a_run_cannot_start_while_an_install_is_going_on(db: Database) -> None:
 # -- who may install --
 
 
-def test_a_role_that_may_create_roles_and_schemas_installs_without_being_superuser(private_server: Server) -> None:
+def test_a_role_that_may_create_roles_and_schemas_installs_without_being_superuser(
+    private_server: Server,
+) -> None:
     database = private_server.create_database()
     conn = database.connect()
     conn.execute("create role deployer login createrole")
@@ -437,7 +488,9 @@ def test_a_role_that_may_create_roles_and_schemas_installs_without_being_superus
         one.drop()
 
 
-def test_a_role_without_createrole_is_told_which_grants_to_ask_for_and_installs_once_it_has_them(private_server: Server) -> None:
+def test_a_role_without_createrole_is_told_which_grants_to_ask_for_and_installs_once_it_has_them(
+    private_server: Server,
+) -> None:
     database = private_server.create_database()
     conn = database.connect()
     conn.execute("create role plain login")
@@ -509,7 +562,9 @@ def test_a_server_that_does_not_answer_is_an_error_for_people(tmp_path: Path) ->
 
 def hatch(target: str, source: Path, into: Path) -> Path:
     """Builds a wheel or an sdist with the build backend, without isolation."""
-    pytest.importorskip("hatchling", reason="the build backend hatchling is not installed: pip install 'b2s[dev]'")
+    pytest.importorskip(
+        "hatchling", reason="the build backend hatchling is not installed: pip install 'b2s[dev]'"
+    )
     command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(into)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -518,7 +573,11 @@ def hatch(target: str, source: Path, into: Path) -> Path:
 
 
 def sql_files(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for folder in ("migrations", "plpgsql") for path in (root / folder).rglob("*.sql")}
+    return {
+        str(path.relative_to(root))
+        for folder in ("migrations", "plpgsql")
+        for path in (root / folder).rglob("*.sql")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -539,17 +598,27 @@ def test_a_wheel_built_from_the_sdist_holds_every_sql_file(tmp_path: Path) -> No
         archive.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
     with zipfile.ZipFile(hatch("wheel", source, tmp_path / "wheel")) as archive:
-        assert {name.removeprefix("b2s/sql/") for name in archive.namelist() if name.startswith("b2s/sql/")} == sql_files(PROJECT)
+        assert {
+            name.removeprefix("b2s/sql/") for name in archive.namelist() if name.startswith("b2s/sql/")
+        } == sql_files(PROJECT)
 
 
-def test_b2s_from_the_wheel_installs_the_same_as_from_the_checkout(wheel: Path, empty_db: Database, db: Database, tmp_path: Path) -> None:
+def test_b2s_from_the_wheel_installs_the_same_as_from_the_checkout(
+    wheel: Path, empty_db: Database, db: Database, tmp_path: Path
+) -> None:
     site = tmp_path / "site-packages"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     program = "import b2s.migrate, b2s.sqlfiles, sys; print(b2s.sqlfiles.sql_root()); b2s.migrate.migrate(sys.argv[1])"
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
-        [sys.executable, "-c", program, empty_db.dsn], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", program, empty_db.dsn],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(site / "b2s" / "sql")

@@ -175,19 +175,31 @@ INVALID: Final[list[tuple[dict[str, Any], str, str]]] = [
     (INTEGERS, "[9223372036854775808]", "item 1 is outside the range of bigint"),
     ({**STRINGS, "minItems": 1}, "[]", "has fewer than 1 items"),
     ({**STRINGS, "maxItems": 1}, '["a", "b"]', "has more than 1 items"),
-    ({"type": "array", "items": {**STRING, "pattern": "^a"}}, '["a", "b"]', "item 2 does not match the pattern ^a"),
+    (
+        {"type": "array", "items": {**STRING, "pattern": "^a"}},
+        '["a", "b"]',
+        "item 2 does not match the pattern ^a",
+    ),
     ({"type": "array", "items": {**INTEGER, "maximum": 3}}, "[4]", "item 1 is above the maximum of 3"),
 ]
 
 
-@pytest.mark.parametrize(("declaration", "value"), VALID, ids=lambda part: part if isinstance(part, str) else json.dumps(part))
+@pytest.mark.parametrize(
+    ("declaration", "value"), VALID, ids=lambda part: part if isinstance(part, str) else json.dumps(part)
+)
 def test_a_valid_value_is_taken_as_it_is(declaration: dict[str, Any], value: str, check: Checker) -> None:
     found = check({"p": declaration}, f'{{"p": {value}}}')
     assert (found.messages, found.parameters) == ([], {"p": json.loads(value)})
 
 
-@pytest.mark.parametrize(("declaration", "value", "problem"), INVALID, ids=lambda part: part if isinstance(part, str) else json.dumps(part))
-def test_an_invalid_value_is_refused_with_its_reason(declaration: dict[str, Any], value: str, problem: str, check: Checker) -> None:
+@pytest.mark.parametrize(
+    ("declaration", "value", "problem"),
+    INVALID,
+    ids=lambda part: part if isinstance(part, str) else json.dumps(part),
+)
+def test_an_invalid_value_is_refused_with_its_reason(
+    declaration: dict[str, Any], value: str, problem: str, check: Checker
+) -> None:
     found = check({"p": declaration}, f'{{"p": {value}}}')
     assert len(found.problems) == 1
     assert found.messages[0].startswith(f"param p of load {problem}")
@@ -196,7 +208,10 @@ def test_an_invalid_value_is_refused_with_its_reason(declaration: dict[str, Any]
     assert found.parameters == {}
 
 
-@pytest.mark.parametrize(("declaration", "value", "taken"), [(INTEGER, "1.0", "1"), (INTEGER, "1e2", "100"), (INTEGERS, "[1.0, 2]", "[1, 2]")])
+@pytest.mark.parametrize(
+    ("declaration", "value", "taken"),
+    [(INTEGER, "1.0", "1"), (INTEGER, "1e2", "100"), (INTEGERS, "[1.0, 2]", "[1, 2]")],
+)
 def test_an_integer_written_with_a_point_reaches_the_routine_as_an_integer(
     declaration: dict[str, Any], value: str, taken: str, check: Checker, pipeline: Pipeline
 ) -> None:
@@ -208,19 +223,35 @@ def test_an_integer_written_with_a_point_reaches_the_routine_as_an_integer(
 
 
 def test_defaults_are_filled_in_and_optional_values_stay_away(check: Checker) -> None:
-    declared = {"country": {**STRING, "default": "DE"}, "days": {**INTEGER, "default": 7}, "flags": {**STRINGS, "default": []}, "note": STRING}
+    declared = {
+        "country": {**STRING, "default": "DE"},
+        "days": {**INTEGER, "default": 7},
+        "flags": {**STRINGS, "default": []},
+        "note": STRING,
+    }
     assert check(declared, {}).parameters == {"country": "DE", "days": 7, "flags": []}
-    assert check(declared, {"country": "US", "note": "x"}).parameters == {"country": "US", "days": 7, "flags": [], "note": "x"}
+    assert check(declared, {"country": "US", "note": "x"}).parameters == {
+        "country": "US",
+        "days": 7,
+        "flags": [],
+        "note": "x",
+    }
 
 
 @pytest.mark.parametrize("default", [False, 0, "", []])
 def test_a_default_that_is_false_in_python_is_still_a_default(default: Any, check: Checker) -> None:
     kinds: dict[type, dict[str, Any]] = {bool: BOOLEAN, int: INTEGER, str: STRING, list: STRINGS}
-    assert check({"p": {**kinds[type(default)], "default": default, "required": True}}, {}).parameters == {"p": default}
+    assert check({"p": {**kinds[type(default)], "default": default, "required": True}}, {}).parameters == {
+        "p": default
+    }
 
 
 def test_null_counts_as_not_given(check: Checker) -> None:
-    declared = {"country": {**STRING, "default": "DE"}, "note": STRING, "batch": {**INTEGER, "required": True}}
+    declared = {
+        "country": {**STRING, "default": "DE"},
+        "note": STRING,
+        "batch": {**INTEGER, "required": True},
+    }
     found = check(declared, {"country": None, "note": None, "batch": None})
     assert found.messages == ["param batch of load is required"]
     assert found.parameters == {"country": "DE"}
@@ -248,7 +279,12 @@ def test_parameters_that_are_no_object_are_refused(given: str, check: Checker) -
 
 
 def test_all_problems_are_found_at_once_in_the_order_of_their_names(check: Checker) -> None:
-    declared = {"b": INTEGER, "a": {**STRING, "required": True}, "c": {**STRING, "enum": ["x"]}, "ok": BOOLEAN}
+    declared = {
+        "b": INTEGER,
+        "a": {**STRING, "required": True},
+        "c": {**STRING, "enum": ["x"]},
+        "ok": BOOLEAN,
+    }
     found = check(declared, {"b": "1", "c": "y", "zz": 1, "ok": True})
     assert found.messages == [
         "param a of load is required",
@@ -268,28 +304,46 @@ def is_valid(declaration: dict[str, Any], value: Any) -> bool:
     if kind == "boolean":
         return isinstance(value, bool)
     if kind == "array":
-        if not isinstance(value, list) or not declaration.get("minItems", 0) <= len(value) <= declaration.get("maxItems", 99):
+        if not isinstance(value, list) or not declaration.get("minItems", 0) <= len(value) <= declaration.get(
+            "maxItems", 99
+        ):
             return False
         return all(is_valid(declaration["items"], item) for item in value)
-    if "enum" in declaration and not any(type(one) is type(value) and one == value for one in declaration["enum"]):
+    if "enum" in declaration and not any(
+        type(one) is type(value) and one == value for one in declaration["enum"]
+    ):
         return False
     if kind == "string":
         return (
             isinstance(value, str)
             and declaration.get("minLength", 0) <= len(value) <= declaration.get("maxLength", 99)
-            and ("pattern" not in declaration or re.search(declaration["pattern"].replace("$", r"\Z"), value) is not None)
+            and (
+                "pattern" not in declaration
+                or re.search(declaration["pattern"].replace("$", r"\Z"), value) is not None
+            )
         )
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind == "integer" and value != int(value)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or (kind == "integer" and value != int(value))
+    ):
         return False
     in_bigint = kind == "number" or -(2**63) <= value < 2**63
     return in_bigint and declaration.get("minimum", value) <= value <= declaration.get("maximum", value)
 
 
 def random_declaration(rng: random.Random, depth: int = 0) -> dict[str, Any]:
-    kind = rng.choice(["string", "integer", "number", "boolean", "array"] if depth == 0 else ["string", "integer"])
+    kind = rng.choice(
+        ["string", "integer", "number", "boolean", "array"] if depth == 0 else ["string", "integer"]
+    )
     declaration: dict[str, Any] = {"type": kind}
     if kind == "string":
-        optional: dict[str, Any] = {"minLength": rng.randint(0, 3), "maxLength": rng.randint(1, 4), "pattern": rng.choice(["^[a-c]+$", "b", "^ä"]), "enum": ["a", "bb", "ä"]}
+        optional: dict[str, Any] = {
+            "minLength": rng.randint(0, 3),
+            "maxLength": rng.randint(1, 4),
+            "pattern": rng.choice(["^[a-c]+$", "b", "^ä"]),
+            "enum": ["a", "bb", "ä"],
+        }
     elif kind == "array":
         declaration["items"] = random_declaration(rng, depth + 1)
         optional = {"minItems": rng.randint(0, 2), "maxItems": rng.randint(1, 3)}
@@ -318,14 +372,19 @@ def random_value(rng: random.Random, depth: int = 0) -> Any:
     return rng.choice(choices)()
 
 
-def test_four_thousand_random_values_are_judged_as_a_second_implementation_judges_them(pipeline: Pipeline) -> None:
+def test_four_thousand_random_values_are_judged_as_a_second_implementation_judges_them(
+    pipeline: Pipeline,
+) -> None:
     rng = random.Random(20240229)
     cases = [(random_declaration(rng), random_value(rng)) for _ in range(4000)]
     judged = pipeline.column(
-        "select etl._parameter_problem(c->0, c->1) is null from jsonb_array_elements(%s) with ordinality x(c, n) order by n", Jsonb(cases)
+        "select etl._parameter_problem(c->0, c->1) is null from jsonb_array_elements(%s) with ordinality x(c, n) order by n",
+        Jsonb(cases),
     )
     expected = [is_valid(*case) for case in cases]
-    assert [case for case, found, wanted in zip(cases, judged, expected, strict=True) if found != wanted] == []
+    assert [
+        case for case, found, wanted in zip(cases, judged, expected, strict=True) if found != wanted
+    ] == []
     assert 300 < sum(expected) < 3700
 
 
@@ -335,7 +394,9 @@ def test_four_thousand_random_values_are_judged_as_a_second_implementation_judge
 @contextmanager
 def loading(db: Database, arguments: str, params: list[dict[str, Any]], shown: str) -> Iterator[Pipeline]:
     with Pipeline(db) as pipeline:
-        pipeline.add("load", f"insert into silver.trace (step) values ({shown})", arguments=arguments, params=params)
+        pipeline.add(
+            "load", f"insert into silver.trace (step) values ({shown})", arguments=arguments, params=params
+        )
         pipeline.apply()
         yield pipeline
 
@@ -357,7 +418,9 @@ def test_values_arrive_in_the_routine_in_its_own_types(db: Database) -> None:
         "day": "2024-02-29", "tags": ["a,b", 'c"d', "", "null", "{x}"], "numbers": [1, 2.0], "ratio": 0.1, "is_new": False,
         "big": 2**63 - 1, "at": "2024-02-29T12:00:00+02:00", "id": "6F1C1B7E-3B1A-4B0E-9F59-0F1D6D3C5A10", "whole": ["x"],
     }  # fmt: skip
-    shown = "concat_ws('|', p_day, to_json(tags), numbers, ratio, is_new, big, at at time zone 'UTC', id, whole)"
+    shown = (
+        "concat_ws('|', p_day, to_json(tags), numbers, ratio, is_new, big, at at time zone 'UTC', id, whole)"
+    )
     with loading(db, arguments, params, shown) as pipeline:
         run = pipeline.start(params={"load": given})
         assert (run.status, pipeline.steps(run.run_id)[0]["error_message"]) == ("succeeded", None)
@@ -378,7 +441,9 @@ def test_an_optional_value_that_is_not_given_leaves_the_default_of_the_routine(d
 
 def test_a_value_cannot_leave_its_place_in_the_statement(db: Database) -> None:
     nasty = "'; drop table silver.trace; -- $1 $2 \\"
-    with loading(db, "country text", [{"name": "country", **STRING, "required": True}], "country") as pipeline:
+    with loading(
+        db, "country text", [{"name": "country", **STRING, "required": True}], "country"
+    ) as pipeline:
         run = pipeline.start(params={"load": {"country": nasty}})
         assert run.status == "succeeded"
         assert pipeline.trace() == [nasty]
@@ -388,7 +453,9 @@ def test_a_value_cannot_leave_its_place_in_the_statement(db: Database) -> None:
 
 
 def test_a_run_with_invalid_parameters_is_refused_before_it_exists(db: Database) -> None:
-    with loading(db, "country text", [{"name": "country", **STRING, "required": True}], "country") as pipeline:
+    with loading(
+        db, "country text", [{"name": "country", **STRING, "required": True}], "country"
+    ) as pipeline:
         pipeline.add("other")
         pipeline.apply()
         with refused("PT422", "params.invalid") as refusal:

@@ -7,7 +7,8 @@ declare
   v_pipeline_id int;
   v_version     int;
 begin
-  perform pg_advisory_xact_lock(hashtextextended('b2s configuration of ' || (config->>'pipeline'), 0));
+  -- One at a time, of whatever pipeline: a state_key belongs to one of them.
+  perform pg_advisory_xact_lock(hashtextextended('b2s configuration', 0));
   v_plan := etl.plan_config(config);
   if base_digest is not null and base_digest is distinct from coalesce(v_plan->>'base_digest', '') then
     perform etl._fail('PT409', 'config.stale', 'the configuration in the database has changed since this plan was made',

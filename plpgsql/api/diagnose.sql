@@ -12,11 +12,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
            'is a member of no role of b2s')),
          format('to run procedures: grant etl_operator to %I', etl._requester())
   union all
-  select s.name, case when current_setting(s.name) in ('0', '0ms') then 'ok' else 'warn' end,
-         case when current_setting(s.name) in ('0', '0ms') then 'off' else format('%s in this session', current_setting(s.name)) end, s.remedy
-    from (values ('statement_timeout', 'it ends a whole run, once, whatever its steps allow: alter role ... set statement_timeout = 0 for the role that runs'),
-                 ('idle_in_transaction_session_timeout', 'harmless to a run, which is never idle; it ends sessions that hold windows back')) s(name, remedy)
-   where s.name = 'statement_timeout' or current_setting(s.name) not in ('0', '0ms')
+  select s.name, case when s.is_harmless or s.value = '0' then 'ok' else 'warn' end,
+         case when s.value = '0' then 'off' when s.is_harmless then s.value || ': a run is never idle in a transaction'
+              else s.value || ' in this session: it ends a whole run, whatever its steps may take' end,
+         format('for the role that runs: alter role %I set %s = 0', etl._requester(), s.name)
+    from (values ('statement_timeout', current_setting('statement_timeout'), false),
+                 ('idle_in_transaction_session_timeout', current_setting('idle_in_transaction_session_timeout'), true)) s(name, value, is_harmless)
   union all
   select 'track_counts', case when current_setting('track_counts')::boolean then 'ok' else 'fail' end, current_setting('track_counts'),
          'rows per table cannot be counted without it: alter system set track_counts = on; select pg_reload_conf()'

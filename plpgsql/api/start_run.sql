@@ -12,6 +12,7 @@ declare
   v_result jsonb;
   v_seen   jsonb := etl._change_baseline();
   v_delay  float8;
+  v_interruption text;
 begin
   perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
   loop
@@ -41,8 +42,12 @@ begin
     v_result := null;
     perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
     while v_delay > 0 loop
-      perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
-      v_delay := v_delay - 500;
+      v_interruption := null;
+      begin
+        perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
+      exception when query_canceled then v_interruption := sqlerrm;
+      end;
+      v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500 end;
       perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
     end loop;
   end loop;

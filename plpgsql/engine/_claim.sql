@@ -1,8 +1,9 @@
 -- Claiming the next scope of a run. Runs in a transaction of its own, committed asynchronously: a crash that loses it
 -- loses nothing, and the window it fixes is older than the snapshot in which the data will be read.
 --
--- etl._claim sets enable_seqscan = off and plan_cache_mode = force_generic_plan for all that it calls: every statement here
--- is a primary-key access planned once per session. Left alone, the server plans some of them anew for every step (200 us).
+-- etl._claim turns off every plan but the index scan, and replanning, for all that it calls: every statement here is a
+-- primary-key access, planned once per session. Left alone, the server plans some anew for every step (200 us), or sorts a
+-- whole run, of which it has no statistics yet, to find the next scope (2,000 us).
 
 -- A scope that ended frees those that wait for it.
 create or replace function etl._release(run_id bigint, scope_index int) returns void
@@ -123,7 +124,8 @@ revoke all on function etl._take_scope(etl.runs, etl.run_scopes) from public;
 -- action: run (scope_index, kind and isolation say what) or done.
 create or replace function etl._claim(run_id bigint, ended_scope int, events jsonb,
   out action text, out scope_index int, out kind text, out isolation text)
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
+  set plan_cache_mode = force_generic_plan as $$
 declare
   v_run    etl.runs := etl._check_owner(run_id);
   v_scope  etl.run_scopes;

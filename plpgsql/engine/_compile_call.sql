@@ -7,6 +7,15 @@ $$;
 comment on function etl._config_problem(jsonb, text, text) is 'A problem of a configuration: the place in the document, the cause and the remedy.';
 revoke all on function etl._config_problem(jsonb, text, text) from public;
 
+-- Not to_regclass: that raises an error for a schema that etl_owner may not use.
+create or replace function etl._relation(name text) returns oid
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select c.oid from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+   where array[n.nspname, c.relname] = parse_ident(_relation.name)::name[]
+$$;
+comment on function etl._relation(text) is 'The oid of the relation that a qualified name means, or null.';
+revoke all on function etl._relation(text) from public;
+
 -- The routine that a name means, or why there is none.
 create or replace function etl._resolve_routine(routine text, out oid oid, out message text, out hint text)
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -158,14 +167,14 @@ begin
   end if;
   routine_signature := v_routine.oid::regprocedure::text;
   problems := etl._routine_problems(v_routine.oid, procedure);
-  select string_agg(format('%I => %s', a.name,
+  select string_agg(format(case when p.proargmodes[a.ordinal] = 'v' then 'variadic %I => %s' else '%I => %s' end, a.name,
            case when b.binding is not null then etl._argument_sql(b.binding, a.type, a.default_sql, procedure) else format('null::%s', a.type) end),
            ', ' order by a.ordinal)
     into v_arguments
     from etl._routine_arguments(v_routine.oid) a
     cross join lateral (select case when a.is_input then etl._binding(a.name, procedure) end as binding) b
     join pg_catalog.pg_proc p on p.oid = v_routine.oid
-   where b.binding is not null or (a.is_output and p.prokind = 'p');
+   where b.binding is not null or (a.is_output and (p.prokind = 'p' or (a.is_input and a.default_sql is null)));
   v_shape := etl._call_shape(v_routine.oid, procedure, coalesce(v_arguments, ''));
   call_sql := v_shape.call_sql;
   rows_column := v_shape.rows_column;

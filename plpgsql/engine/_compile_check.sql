@@ -2,7 +2,7 @@
 create or replace function etl._compile_check(definition jsonb, out sql text, out problem text)
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_table   oid := to_regclass(definition->>'table');
+  v_table   oid := etl._relation(definition->>'table');
   v_name    text := (select format('%I.%I', n.nspname, c.relname) from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = v_table);
   v_columns text[] := (select array_agg(c) from jsonb_array_elements_text(definition->'columns') c);
   v_missing text := (select string_agg(c, ', ') from unnest(v_columns) c where not exists (
@@ -25,7 +25,8 @@ begin
   end if;
   if v_table is null then problem := format('table %s does not exist', definition->>'table'); return; end if;
   if v_missing is not null then problem := format('table %s has no column %s', v_name, v_missing); return; end if;
-  if not has_table_privilege('etl_owner', v_table, 'select') then problem := format('role etl_owner may not read %s', v_name); return; end if;
+  if not (has_table_privilege('etl_owner', v_table, 'select')
+          and has_schema_privilege('etl_owner', (select c.relnamespace from pg_catalog.pg_class c where c.oid = v_table), 'usage')) then problem := format('role etl_owner may not read %s', v_name); return; end if;
   sql := case definition->>'type'
     when 'not_null' then format('select count(*) from %s where %s', v_name, (select string_agg(format('%I is null', c), ' or ') from unnest(v_columns) c))
     when 'unique' then format('select count(*) from (select 1 from %s where %s group by %s having count(*) > 1) d', v_name,

@@ -46,7 +46,7 @@ revoke all on function etl._routine_problems(oid, jsonb) from public;
 create or replace function etl._refresh_problems(procedure jsonb) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(etl._config_problem(jsonb_build_array('procedures', procedure->>'name', 'mv_refresh', m.name), q.message, q.hint)), '[]')
-    from (select t->>'name' as name, to_regclass(t->>'name') as oid from jsonb_array_elements(procedure->'mv_refresh') t) m
+    from (select t->>'name' as name, etl._relation(t->>'name') as oid from jsonb_array_elements(procedure->'mv_refresh') t) m
     left join pg_catalog.pg_class c on c.oid = m.oid
     cross join lateral (select
       case when c.oid is null then format('materialized view %s does not exist', m.name)
@@ -65,17 +65,18 @@ revoke all on function etl._refresh_problems(jsonb) from public;
 create or replace function etl._watermark_problems(procedure jsonb) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(etl._config_problem(jsonb_build_array('procedures', procedure->>'name', 'watermark', 'source'), q.message, q.hint)), '[]')
-    from (select s as source, parse_ident(s) as parts from jsonb_array_elements_text(case jsonb_typeof(procedure->'watermark') when 'object' then procedure#>'{watermark,source}' else '[]' end) s) s
-    left join pg_catalog.pg_attribute a on a.attrelid = to_regclass(format('%I.%I', s.parts[1], s.parts[2])) and a.attname = s.parts[3]
+    from (select s as source, parse_ident(s) as parts, etl._relation(format('%I.%I', (parse_ident(s))[1], (parse_ident(s))[2])) as oid from jsonb_array_elements_text(case jsonb_typeof(procedure->'watermark') when 'object' then procedure#>'{watermark,source}' else '[]' end) s) s
+    left join pg_catalog.pg_attribute a on a.attrelid = s.oid and a.attname = s.parts[3]
       and a.attnum > 0 and not a.attisdropped
     join (values ('timestamp', array['timestamp with time zone', 'timestamp without time zone']), ('id', array['smallint', 'integer', 'bigint']),
                  ('xid', array['xid8'])) w(strategy, types) on w.strategy = procedure#>>'{watermark,strategy}'
     cross join lateral (select
-      case when to_regclass(format('%I.%I', s.parts[1], s.parts[2])) is null then format('table %s.%s does not exist', s.parts[1], s.parts[2])
+      case when s.oid is null then format('table %s.%s does not exist', s.parts[1], s.parts[2])
            when a.attname is null then format('table %s.%s has no column %s', s.parts[1], s.parts[2], s.parts[3])
            when format_type(a.atttypid, null) <> all (w.types)
              then format('%s is of type %s, the %s strategy needs %s', s.source, format_type(a.atttypid, null), w.strategy, array_to_string(w.types, ' or '))
-           when not has_column_privilege('etl_owner', a.attrelid, a.attnum, 'select') then format('role etl_owner may not read %s', s.source) end as message,
+           when not (has_column_privilege('etl_owner', a.attrelid, a.attnum, 'select')
+                     and has_schema_privilege('etl_owner', (parse_ident(s.source))[1], 'usage')) then format('role etl_owner may not read %s', s.source) end as message,
       case when a.attname is not null and format_type(a.atttypid, null) = any (w.types)
            then format('grant usage on schema %I to etl_owner; grant select on %I.%I to etl_owner', s.parts[1], s.parts[1], s.parts[2])
            else 'source is schema.table.column of the rows the routine reads' end as hint) q

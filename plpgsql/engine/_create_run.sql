@@ -3,7 +3,12 @@
 -- What waits for what among the scopes of a plan. Steps of one phase come before the next barrier and after the last one.
 create or replace function etl._plan_edges(items etl.plan_item[])
 returns table (from_scope int, to_scope int, is_required boolean)
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_steps    int[] := (select array_agg(distinct i.scope_index) from unnest(items) i where i.kind = 'steps');
+  v_barriers int[] := (select array_agg(i.scope_index) from unnest(items) i where i.kind = 'barrier');
+begin
+  return query
   select f.scope_index, t.scope_index, bool_or(e.is_required)
     from etl._selected_edges((select array_agg(i.procedure_id) from unnest(items) i where i.kind = 'steps')) e
     join unnest(items) f on f.procedure_id = e.from_id
@@ -12,20 +17,20 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
    group by f.scope_index, t.scope_index
   union all
   select s.scope_index, min(b.scope_index), false
-    from (select distinct i.scope_index from unnest(items) i where i.kind = 'steps') s
-    join unnest(items) b on b.kind = 'barrier' and b.scope_index > s.scope_index
+    from unnest(v_barriers) b(scope_index) join unnest(v_steps) s(scope_index) on s.scope_index < b.scope_index
    group by s.scope_index
   union all
   select max(b.scope_index), s.scope_index, false
-    from (select distinct i.scope_index from unnest(items) i where i.kind = 'steps' or i.refresh_after = 'run') s
-    join unnest(items) b on b.kind = 'barrier' and b.scope_index < s.scope_index
+    from unnest(v_barriers) b(scope_index)
+    join unnest(v_steps || array(select i.scope_index from unnest(items) i where i.refresh_after = 'run')) s(scope_index)
+      on s.scope_index > b.scope_index
    group by s.scope_index
   union
   select s.scope_index, r.scope_index, false
     from unnest(items) r
     join unnest(items) s on s.order_index = any (r.feeders) or s.scope_index = any (r.depends_on)
-   where r.kind = 'refresh' and (r.refresh_after <> 'run' or s.kind = 'refresh')
-$$;
+   where r.kind = 'refresh' and (r.refresh_after <> 'run' or s.kind = 'refresh');
+end $$;
 comment on function etl._plan_edges(etl.plan_item[]) is 'Edges among the scopes of a plan: requirements, and mere order.';
 revoke all on function etl._plan_edges(etl.plan_item[]) from public;
 
@@ -173,7 +178,11 @@ begin
           format('idempotency key %s belongs to run %s, which was asked for something else', v_known.idempotency_key, v_known.run_id),
           'use a new key for a new request', jsonb_build_object('run_id', v_known.run_id, 'request', v_known.request));
       end if;
-      run_id := v_known.run_id; pipeline_id := v_known.pipeline_id; status := v_known.status; is_new := false;
+      -- Who asks again because the session died learns that it did.
+      if v_known.status = 'running' and not etl._is_alive(v_known) and pg_try_advisory_xact_lock(6435443, v_known.pipeline_id) then
+        perform etl._abandon_orphans(v_known.pipeline_id);
+      end if;
+      run_id := v_known.run_id; pipeline_id := v_known.pipeline_id; status := etl._run_status(v_known.run_id); is_new := false;
       return;
     end if;
   end if;

@@ -38,7 +38,8 @@ begin
     else
       raise notice '%', etl._event_text(v_event);
     end if;
-    perform pg_notify('etl', left((v_event - 'error_message')::text, 7900));
+    -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
+    perform pg_notify('etl', (v_event - array['error_message', 'table_counts', 'warning'])::text);
   end loop;
 end $$;
 comment on function etl._announce(jsonb) is 'Tells clients and listeners about events of a run.';

@@ -13,7 +13,8 @@ begin
     from etl.procedure_runs p where p.run_id = run.run_id;
   select * into v_first from etl.procedure_runs p where p.run_id = run.run_id and p.status = 'failed' order by p.order_index limit 1;
   v_status := case
-    when v_steps.cancelled > 0 then 'cancelled'
+    when v_steps.cancelled > 0
+      or exists (select from etl.mv_refreshes m where m.run_id = run.run_id and 'cancelled' in (m.status, m.skip_reason)) then 'cancelled'
     when v_steps.failed > 0 then 'failed'
     when v_steps.warned > 0
       or exists (select from etl.mv_refreshes m where m.run_id = run.run_id and (m.status in ('failed', 'skipped') or m.warning is not null))

@@ -59,7 +59,7 @@ comment on function etl._acquire(int) is
 revoke all on function etl._acquire(int) from public;
 
 create or replace function etl._check_owner(run_id bigint) returns etl.runs
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
 declare
   v_run etl.runs;
 begin

@@ -64,14 +64,16 @@ begin
     into v_items
     from (select u.i, dense_rank() over (order by (u.i).base, (u.i).kind = 'refresh', (u.i).depth, (u.i).mv_name, (u.i).refresh_after) as number
             from (select s as i from unnest(steps || v_items) s) u) q;
-  -- A refresh waits for those of the same place that it reads from.
+  -- A refresh waits for the latest refresh before it of each view that it reads from.
   return (
     select array_agg(case when i.kind <> 'refresh' then i else
              row(i.scope_index, i.kind, i.order_index, i.procedure_id, i.tx_scope, i.mode, i.parameters, i.refresh_target_id, i.mv_name,
                  i.refresh_after, i.refresh_on, i.concurrency, i.feeders,
-                 (select coalesce(array_agg(o.scope_index), '{}') from unnest(v_items) o
-                   where o.kind = 'refresh' and o.base = i.base and o.refresh_after = i.refresh_after
-                     and to_regclass(o.mv_name) = any (etl._mv_reads(to_regclass(i.mv_name)))),
+                 (select coalesce(array_agg(q.scope_index), '{}')
+                    from (select max(o.scope_index) as scope_index from unnest(v_items) o
+                           where o.kind = 'refresh' and o.scope_index < i.scope_index
+                             and to_regclass(o.mv_name) = any (etl._mv_reads(to_regclass(i.mv_name)))
+                           group by o.mv_name) q),
                  i.base, i.depth)::etl.plan_item end order by i.scope_index, i.order_index)
       from unnest(v_items) i);
 end $$;

@@ -62,6 +62,22 @@ $$;
 comment on function etl._plan_steps(int[], jsonb, jsonb) is 'The steps of a plan in order, and the barriers between their phases.';
 revoke all on function etl._plan_steps(int[], jsonb, jsonb) from public;
 
+-- Procedures that share a watermark move it for each other: one of them alone, or each in a transaction of its own,
+-- would take rows from the others that they have not read.
+create or replace function etl._shared_watermark_problems(selected int[], transaction_scope text) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(jsonb_agg(jsonb_build_object('loc', jsonb_build_array(q.loc), 'code', 'selection.splits_watermark',
+           'message', format('%s share the watermark %s and run together, in one transaction', q.names, q.state_key)) order by q.state_key), '[]')
+    from (select p.state_key, string_agg(p.name, ', ' order by p.name) as names,
+                 case when bool_and(p.procedure_id = any (selected)) then 'transaction_scope' else 'procedures' end as loc
+            from etl.procedures p
+           where p.is_active and p.state_key in (select s.state_key from etl.procedures s where s.procedure_id = any (selected))
+           group by p.state_key
+          having count(*) > 1 and (not bool_and(p.procedure_id = any (selected)) or _shared_watermark_problems.transaction_scope = 'per_procedure')) q
+$$;
+comment on function etl._shared_watermark_problems(int[], text) is 'Problems of a request that would run procedures apart which share a watermark.';
+revoke all on function etl._shared_watermark_problems(int[], text) from public;
+
 -- Everything a request leads to. Raises PT404 for unknown names, PT422 for invalid values, PT403 for guardrails, PT400 for cycles.
 create or replace function etl._plan(request jsonb, out pipeline_id int, out max_concurrency int, out items etl.plan_item[])
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -72,7 +88,7 @@ declare
   v_params    record;
 begin
   v_selection := etl._select_procedures(v_pipeline.pipeline_id, request);
-  v_problems := v_problems || v_selection.problems;
+  v_problems := v_problems || v_selection.problems || etl._shared_watermark_problems(v_selection.selected, request->>'transaction_scope');
   if jsonb_typeof(coalesce(request->'params', '{}')) = 'object' then
     v_params := etl._plan_parameters(v_selection.selected, coalesce(request->'params', '{}'));
     v_problems := v_problems || v_params.problems;

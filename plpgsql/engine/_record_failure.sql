@@ -106,7 +106,7 @@ begin
   -- Nobody cancels one statement to see the next one start: a cancel ends the run.
   if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then
     update etl.runs r set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = failure->>'message'
-     where r.run_id = _record_failure.run_id;
+     where r.run_id = _record_failure.run_id and r.cancel_requested_at is null;
   end if;
   if v_scope.kind = 'refresh' then
     perform etl._record_refresh_failure(v_scope, failure);

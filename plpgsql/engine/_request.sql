@@ -1,9 +1,10 @@
--- A request as one jsonb document: what was asked for, defaults left out, so that equal requests have equal fingerprints.
+-- A request as one jsonb document: what was asked for, defaults left out, so that equal requests have equal
+-- fingerprints, in whatever time zone they are made.
 create or replace function etl._request(
   mode text, procedures text[], groups text[], tags text[], with_upstream boolean, with_downstream boolean, as_of timestamptz,
   params jsonb, transaction_scope text, mv_refresh jsonb, idempotency_key text, confirm_full_refresh boolean, approved_by text,
   reason text, max_concurrency int, pipeline text) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable set search_path = pg_catalog, pg_temp set timezone = 'UTC' as $$
   select jsonb_strip_nulls(jsonb_build_object('mode', mode, 'procedures', procedures, 'groups', groups, 'tags', tags,
       'with_upstream', nullif(with_upstream, false), 'with_downstream', nullif(with_downstream, false), 'as_of', as_of,
       'transaction_scope', transaction_scope, 'mv_refresh', mv_refresh, 'idempotency_key', idempotency_key,

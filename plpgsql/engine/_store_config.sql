@@ -1,4 +1,4 @@
--- Writing a validated configuration into the catalog tables. The caller holds the pipeline's configuration lock.
+-- Writing a validated configuration into the catalog tables. The caller holds the configuration lock.
 
 create or replace function etl._store_pipeline(config jsonb) returns int
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$

@@ -1,10 +1,10 @@
 """The command line: which commands there are, the options they share, and how a failure becomes words.
 
-A command lives in `b2s.commands`, with `configure(parser)` and `execute(arguments) -> exit code`. Only the one
-that is called is imported, and heavy libraries only inside `execute`: `b2s --help` answers at once.
+A command lives in `b2s.commands`, with `configure(parser)` and `execute(arguments) -> exit code`. Only the
+one that is called is imported, and heavy libraries only inside `execute`: `b2s --help` answers at once.
 
-Exit codes: 0 ok; 1 findings, drift, a failed or cancelled run; 2 usage or configuration; 3 database unreachable
-or refused; 130 interrupted; 141 the reader of the output went away.
+Exit codes: 0 ok; 1 findings, drift, a failed or cancelled run; 2 usage or configuration; 3 database
+unreachable or refused; 130 interrupted; 141 the reader of the output went away.
 """
 
 from __future__ import annotations

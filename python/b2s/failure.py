@@ -15,7 +15,6 @@ import psycopg
 from b2s.errors import B2SError, DatabaseError, detail_of
 from b2s.render import Style, visible, visible_lines
 
-
 _COMMANDS: Final = {
     "run.unknown": "b2s runs lists the runs there are",
     "run.ended": "b2s show explains how it ended",
@@ -25,6 +24,7 @@ _COMMANDS: Final = {
     "full_refresh.no_reason": "add --reason '...'",
 }
 """What to type, by code, where the database can only say what to call."""
+_NOT_A_TIME: Final = ("22007", "22008")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,8 @@ def failure_of(error: BaseException) -> Failure:
             for one in found
             if isinstance(one, dict)
         )
+        if error.sqlstate in _NOT_A_TIME:
+            return Failure(str(error), "write a time as '2026-11-21 02:00+00'", "usage", 2)
         hint = _in_words_of_the_shell(error.code, error.hint)
         return Failure(str(error).removeprefix("connection is bad: "), hint, code, error.exit_code, problems)
     if isinstance(error, B2SError):
@@ -107,7 +109,7 @@ def _by_type(error: BaseException) -> Failure:
 
 
 def _in_words_of_the_shell(code: str | None, hint: str | None) -> str | None:
-    """The hint of an error of the database, which is written for SQL clients, as a command where there is one."""
+    """A hint of the database, which is written for SQL clients, as a command where there is one."""
     return _COMMANDS.get(code or "", hint)
 
 

@@ -111,7 +111,7 @@ class PlainDisplay:
 
     def _current(self, now: float) -> str:
         return ", ".join(
-            f"[{index}] {name} for {duration(1000 * (now - since))}"
+            f"[{index}] {visible(name)} for {_elapsed(now - since)}"
             for index, (name, since) in sorted(self._running.items())
         )
 
@@ -153,7 +153,7 @@ class LiveDisplay(PlainDisplay):
             return
         ended = f"{self._ended} done, " if self._ended else ""
         text = f"{_FRAMES[self._frame % len(_FRAMES)]} {ended}{self._current(time.monotonic())}"
-        shown = visible(text)[: (self._style.width or 80) - 1]
+        shown = text[: (self._style.width or 80) - 1]
         self._write(f"\r\x1b[2K{self._style.paint(shown, 'cyan')}")
 
     def _print(self, text: str) -> None:
@@ -213,6 +213,10 @@ class LogDisplay:
 
     def close(self) -> None:
         """Nothing is left open."""
+
+
+def _elapsed(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else duration(1000 * seconds)
 
 
 def logger(log_format: str, stream: TextIO, *, has_own_time: bool = False) -> Any:

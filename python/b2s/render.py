@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final, TextIO
 
 _COLOURS: Final = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-_NARROWEST: Final = 14
+_NARROWEST: Final = 12
 _GAP: Final = "  "
 STATUS_COLOURS: Final = {
     "succeeded": "green", "running": "cyan", "completed_with_warnings": "yellow", "retrying": "yellow",
@@ -62,7 +62,7 @@ class Column:
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], style: Style) -> list[str]:
-    """The lines of a table: a title row, then one row or more for each of `rows`. None is shown as nothing."""
+    """The lines of a table: a title row, then one or more for each of `rows`. None is shown as nothing."""
     texts = [["" if cell is None else visible(str(cell)) for cell in row] for row in rows]
     shown = [index for index in range(len(columns)) if any(row[index] for row in texts)]
     if not shown:

@@ -1,7 +1,7 @@
 """Starting a run and staying with it: the CALL in one thread, signals and display in the main one.
 
-Ctrl-C once (or SIGTERM) asks the run to stop after the step in flight, twice cancels that step's statement, three
-times leaves. All of it goes through a second session, because the first one is busy in the CALL.
+Ctrl-C once (or SIGTERM) asks the run to stop after the step in flight, twice cancels that step's statement,
+three times leaves. All of it goes through a second session, because the first one is busy in the CALL.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Runner:
         self._interrupts = 0
 
     def run(self) -> Outcome:
-        """Runs to the end. Raises what the CALL raised, or KeyboardInterrupt when nobody waits for the run."""
+        """Runs to the end. Raises what the CALL raised, or KeyboardInterrupt when nobody waits any more."""
         worker = threading.Thread(target=self._call, name="b2s run", daemon=True)
         with _signals(self._inbox.put):
             worker.start()
@@ -196,7 +196,7 @@ def _ask(second: Connection, run_id: int, reason: str, *, is_forced: bool) -> st
 
 @contextmanager
 def _signals(put: Callable[[_Item], None]) -> Iterator[None]:
-    """While the block lasts SIGINT and SIGTERM become items of the inbox; only the main thread may do that."""
+    """While it lasts SIGINT and SIGTERM become items of the inbox; only the main thread may do that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A run as people read it: its steps, what failed and why, what was skipped because of it, what to do next."""
+"""A run as people read it: its steps, what failed and why, what was skipped because of it, what is next."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ _SKIPPED: Final = {
 }
 _STEPS: Final = (
     Column("step", is_number=True), Column("procedure"), Column("mode"), Column("status"),
-    Column("attempt", is_number=True), Column("rows", is_number=True), Column("inserted", is_number=True),
-    Column("updated", is_number=True), Column("deleted", is_number=True), Column("took", is_number=True),
-    Column("remark", may_wrap=True),
+    Column("attempt", is_number=True), Column("rows", is_number=True), Column("ins/upd/del", is_number=True),
+    Column("took", is_number=True), Column("remark", may_wrap=True),
 )  # fmt: skip
 
 
@@ -48,29 +47,27 @@ def steps_table(run: Document, style: Style) -> list[str]:
             step["status"],
             step["attempt"] if step["attempt"] > 1 else None,
             step["rows_affected"],
-            *_changes(step),
+            _changes(step),
             duration(step["duration_ms"]) if step["started_at"] else None,
             reasons[step["order_index"]],
         )
         for step in steps
     ]
     rows += [
-        (None, refresh["mv_name"], "refresh", refresh["status"], None, None, None, None, None,
+        (None, refresh["mv_name"], "refresh", refresh["status"], None, None, None,
          duration(refresh["duration_ms"]), _refresh_remark(refresh))
         for refresh in run["mv_refreshes"]
     ]  # fmt: skip
     return table(_STEPS, rows, style)
 
 
-def _changes(step: Document) -> tuple[int | None, int | None, int | None]:
-    counts = step["table_counts"]
-    if step["status"] != "succeeded" or counts is None:
-        return None, None, None
-    tables = list(counts.values())
-    inserted, updated, deleted = (
-        sum(one.get(kind) or 0 for one in tables) for kind in ("inserted", "updated", "deleted")
+def _changes(step: Document) -> str | None:
+    if step["status"] != "succeeded" or step["table_counts"] is None:
+        return None
+    tables = list(step["table_counts"].values())
+    return "/".join(
+        str(sum(one.get(kind) or 0 for one in tables)) for kind in ("inserted", "updated", "deleted")
     )
-    return inserted, updated, deleted
 
 
 def _remark(step: Document, steps: Sequence[Document]) -> str | None:
@@ -83,18 +80,18 @@ def _remark(step: Document, steps: Sequence[Document]) -> str | None:
         return str(step["error_message"] or "rolled back with its group")
     if step["error_message"]:
         return f"{step['error_class']} ({step['error_code']})"
-    return (
-        "; ".join(
-            f"check {w['name']}: {plural(w['violations'], 'violation')}" for w in step["warnings"] or []
-        )
-        or None
-    )
+    unmet = [
+        f"check {check['name']}: {plural(check['violations'], 'violation')}"
+        for check in step["warnings"] or []
+    ]
+    return "; ".join(unmet) or None
 
 
 def _refresh_remark(refresh: Document) -> str | None:
     if refresh["skip_reason"]:
         return _SKIPPED.get(refresh["skip_reason"], refresh["skip_reason"])
-    return refresh["warning"] or refresh["error_code"]
+    remark: str | None = refresh["warning"] or refresh["error_code"]
+    return remark
 
 
 def failed_causes(step: Document, steps: Sequence[Document]) -> list[str]:
@@ -130,7 +127,7 @@ def failure_lines(run: Document, style: Style, *, is_full: bool = False) -> Iter
         yield ""
         first, *more = visible_lines(step["error_message"]) or [""]
         where = f"[{step['order_index']}] {step['procedure']}"
-        yield f"{style.paint('failed:', 'red')} {style.paint(where, 'bold')}: {first}"
+        yield f"{style.paint(step['status'] + ':', 'red')} {style.paint(where, 'bold')}: {first}"
         yield from (f"  {line}" for line in more)
         if is_full:
             yield from _details(step)
@@ -253,7 +250,8 @@ def next_steps(run: Document) -> list[str]:
         return ["b2s run    records it as abandoned, and runs what is left to do"]
     if run["status"] == "running":
         return [f"b2s cancel {run_id}    finishes the step in flight and skips the rest"]
-    again = [s["procedure"] for s in last_attempts(run) if s["status"] != "succeeded"]
+    again = [step["procedure"] for step in last_attempts(run) if step["status"] != "succeeded"]
     if not again:
         return []
-    return [f"b2s run {' '.join(again)}    once the cause is repaired"]
+    when = "once the cause is repaired" if run["status"] == "failed" else "runs what is left"
+    return [f"b2s run {' '.join(again)}    {when}"]

@@ -130,7 +130,7 @@ def _params(
 ) -> dict[str, Any] | None:
     from b2s.errors import UsageError
 
-    params: dict[str, Any] = {}
+    params: Any = {}
     if text is not None:
         try:
             params = json.loads(text)
@@ -139,9 +139,9 @@ def _params(
         if not isinstance(params, dict) or not all(isinstance(value, dict) for value in params.values()):
             raise UsageError("--params must be an object of objects", _EXAMPLE_OF_PARAMS)
     for word in single:
-        place, is_assigned, value = word.partition("=")
-        procedure, is_qualified, name = place.strip().rpartition(".")
-        if not (is_assigned and is_qualified and name):
+        place, equals, value = word.partition("=")
+        procedure, dot, name = place.strip().rpartition(".")
+        if "" in (equals, dot, procedure, name):
             raise UsageError(
                 f"--param {word} is not PROCEDURE.NAME=VALUE",
                 "for example: --param silver.fact_sales.country=DE",

@@ -1,4 +1,4 @@
-"""The tour that `b2s demo` gives: real commands with their real output, in the order in which a user meets them."""
+"""The tour that `b2s demo` gives: real commands with their real output, in the order a user meets them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psycopg import conninfo, sql
 from b2s import demo, sqlfiles
 from b2s.db import Connection, connect
 from b2s.demo import generate
-from b2s.errors import UsageError
+from b2s.errors import B2SError, UsageError
 from b2s.output import print_json, print_lines, style
 from b2s.render import Column, plural, table
 
@@ -28,7 +28,7 @@ _CONTENTS: Final = (
 
 
 def configuration() -> Path:
-    """The worked transformations.yaml: in the wheel, else in the checkout. Raises UsageError when it is nowhere."""
+    """The worked transformations.yaml: in the wheel, else the checkout. UsageError: there is none."""
     for place in (Path(demo.__file__).parent, sqlfiles.sql_root()):
         if (place / "transformations.yaml").is_file():
             return place / "transformations.yaml"
@@ -45,7 +45,7 @@ def check_is_free(dsn: str) -> None:
         )]  # fmt: skip
         if taken:
             raise UsageError(
-                f"database {connection.info.dbname} already has schema {', '.join(taken)}; the demo makes its own",
+                f"database {connection.info.dbname} has schema {', '.join(taken)}; the demo makes its own",
                 f"give it an empty database: createdb {DATABASE}",
             )
 
@@ -58,6 +58,12 @@ def new_database(dsn: str) -> None:
         connection.execute(sql.SQL("create database {}").format(name))
 
 
+class TourError(B2SError):
+    """A command of the tour did not end as it should (exit code 1)."""
+
+    exit_code = 1
+
+
 class Tour:
     """One tour through one database."""
 
@@ -66,10 +72,9 @@ class Tour:
         self._is_json = is_json
         self._config = configuration()
         self._style = style()
-        self._surprises: list[str] = []
 
-    def give(self) -> bool:
-        """Gives the whole tour; whether every command ended with the exit code it should end with."""
+    def give(self) -> None:
+        """Gives the whole tour. Raises TourError where a command does not end as it should."""
         before = {name: os.environ.get(name) for name in ("B2S_DSN", "B2S_CONFIG")}
         os.environ.update(B2S_DSN=self._dsn, B2S_CONFIG=str(self._config))
         try:
@@ -84,7 +89,6 @@ class Tour:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
-        return not self._surprises
 
     def _prepare(self, connection: Connection) -> None:
         self._chapter("1. Install b2s: one schema, etl, and no daemon")
@@ -117,7 +121,7 @@ class Tour:
         self._chapter("5. A full refresh is refused until it is confirmed, with a reason that is kept")
         self._b2s("run", "silver.fact_sales", "--mode", "full", expected=3)
         self._b2s(
-            "run", "silver.fact_sales", "--mode", "full", "--confirm-full-refresh", "--reason", "the demo shows one"
+            "run", "silver.fact_sales", "--mode", "full", "--confirm-full-refresh", "--reason", "for the demo"
         )  # fmt: skip
 
     def _fail_and_repair(self, connection: Connection) -> None:
@@ -172,7 +176,7 @@ class Tour:
             print(f"{self._style.paint('$', 'green')} {self._style.paint(command, 'bold')}", flush=True)
 
     def _b2s(self, *words: str, expected: int = 0) -> None:
-        """Runs a command in this process, its output included; a surprising exit code is remembered and named."""
+        """Runs a command in this process, its output included. Raises TourError for a surprising exit code."""
         from b2s.cli import main
 
         self._type_shell("b2s " + " ".join(_quoted(words)))
@@ -185,15 +189,17 @@ class Tour:
             sys.stdout = stdout
         sys.stdout.flush()
         if code == 130:
-            raise KeyboardInterrupt
+            raise SystemExit(code)
         if code != expected:
-            self._surprises.append(words[0])
-            print(f"b2s {words[0]} ended with exit code {code}, not {expected}", file=sys.stderr, flush=True)
+            raise TourError(
+                f"b2s {words[0]} ended with exit code {code}, not {expected}; the demo stops here",
+                "b2s doctor looks for what is wrong with the server",
+            )
 
     def _wait_until_readable(self, connection: Connection) -> None:
-        """Waits until the next run may read the newest row: a run reads up to a safe bound, a little behind the clock.
+        """Waits until the next run may read the newest row: its safe bound follows the clock.
 
-        The bound is what b2s plan shows as the end of the window. Raises UsageError when something holds it back.
+        The bound is what b2s plan shows as the end of the window. Raises UsageError when it is held back.
         """
         newest = "select to_jsonb(max(ingested_at)) #>> '{}' from bronze.crm_sales_details"
         readable = (
@@ -206,7 +212,7 @@ class Tour:
             if time.monotonic() > end:
                 raise UsageError(
                     "an open transaction in this database keeps new rows from being read",
-                    "end it (select * from pg_stat_activity where xact_start is not null), then start the demo again",
+                    "end it, then start again: select * from pg_stat_activity where xact_start is not null",
                 )
             time.sleep(0.05)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Final
 
 from b2s.commands.show import add_run
+
+_QUERY: Final = """
+select * from etl.run_events e where e.run_id = %(run_id)s
+ order by e.at, e.event like '%%started' desc, e.order_index, e.attempt"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +29,7 @@ def execute(arguments: argparse.Namespace) -> int:
     with connect(arguments.dsn) as connection:
         run_id = run_id_of(connection, arguments.run)
         get_run(connection, run_id)
-        query = "select * from etl.run_events e where e.run_id = %(run_id)s order by e.at, e.order_index, e.attempt"
-        events = documents(connection, query, {"run_id": run_id})
+        events = documents(connection, _QUERY, {"run_id": run_id})
     is_json = arguments.json or style().width is None
     log = logger("json" if is_json else "console", sys.stdout, has_own_time=True)
     for event in events:

@@ -61,7 +61,7 @@ def plan_lines(items: Sequence[Mapping[str, Any]], style: Style) -> list[str]:
         Column("scope", is_number=True),
         Column("name"),
         Column("mode"),
-        Column("transaction"),
+        Column("transaction", may_wrap=True),
         Column("window", may_wrap=True),
         Column("notes", may_wrap=True),
     )

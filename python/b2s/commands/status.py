@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 _LAST_RUNS: Final = """
 select distinct on (h.pipeline) h.*,
-       (select jsonb_agg(jsonb_build_object('order_index', s.order_index, 'procedure', s.procedure, 'attempt', s.attempt,
-                                            'duration_ms', s.duration_ms) order by s.order_index)
+       (select jsonb_agg(jsonb_build_object('order_index', s.order_index, 'procedure', s.procedure,
+                                            'attempt', s.attempt, 'duration_ms', s.duration_ms)
+                         order by s.order_index)
           from etl.step_history s where s.run_id = h.run_id and s.status = 'running') as running_steps,
-       (select count(*) from etl.step_history s where s.run_id = h.run_id and s.status in ('succeeded', 'failed', 'skipped')) as ended_steps
+       (select count(distinct s.order_index) from etl.step_history s
+         where s.run_id = h.run_id and s.status not in ('pending', 'running', 'retrying')) as ended_steps
   from etl.run_history h
  order by h.pipeline, h.run_id desc"""
 _HEALTH: Final = "select * from etl.procedure_health h order by h.pipeline, h.type, h.procedure"
@@ -26,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Prints the last run of each pipeline, what an active one is at, the health of each procedure, the freeze."""
+    """Prints the last run of each pipeline, what an active one is at, each procedure's health, the freeze."""
     from b2s.db import connect
     from b2s.output import documents, print_json, print_lines, style
 
@@ -60,7 +62,8 @@ def _run_lines(run: Mapping[str, Any], style: Style) -> Iterator[str]:
         yield f"{head}, but its session is gone; the next b2s run records it as abandoned"
         return
     if run["status"] != "running":
-        yield f"{head}, {moment(run['ended_at'])}, took {duration(run['duration_ms'])}, requested by {run['requested_by']}"
+        took = f"took {duration(run['duration_ms'])}, requested by {run['requested_by']}"
+        yield f"{head}, {moment(run['ended_at'])}, {took}"
         if run["error_message"]:
             yield f"  {visible(run['error_message'])}"
             yield f"  b2s show {run['run_id']}"
