@@ -1,4 +1,4 @@
-"""Configuration in the database: every problem with its place, the plan, and the one transaction that applies it."""
+"""Configuration in the database: every problem with its place, the plan, and how it is applied."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def test_a_routine_that_is_missing_is_named_with_those_its_schema_has(pipeline: 
         {
             "loc": ["procedures", "sales", "routine"],
             "message": "routine silver.lode_sales does not exist",
-            "hint": "create it before you run b2s sync-config, or correct the name; schema silver has load_sales",
+            "hint": "create it before you run b2s sync-config, or correct the name; schema silver has "
+            "load_sales",
         }
     ]
 
@@ -222,8 +223,8 @@ def test_a_renamed_window_argument_is_checked_as_well(pipeline: Pipeline) -> Non
     pipeline.add("load", arguments="from_ts date", watermark=watermark(), args={"p_since": "from_ts"})
     (problem,) = problems(pipeline)
     assert (
-        problem[1]
-        == "argument from_ts of silver.load(date) is of type date; the timestamp strategy passes timestamp with time zone"
+        problem[1] == "argument from_ts of silver.load(date) is of type date; the timestamp strategy passes "
+        "timestamp with time zone"
     )
 
 
@@ -249,27 +250,77 @@ def test_a_routine_that_etl_owner_may_not_execute_is_refused_with_the_grants(pip
 
 CALLS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "create function silver.f() returns bigint language sql as 'select 7::bigint'": (
-        "a bigint", {}, 7,
+        "a bigint",
+        {},
+        7,
     ),
     "create function silver.f() returns int language sql as 'select 7'": ("an int", {}, 7),
     "create function silver.f() returns numeric language sql as 'select 7.0'": ("a numeric", {}, 7),
     "create function silver.f() returns void language sql as 'select'": ("nothing", {}, 0),
     "create function silver.f() returns text language sql as $$ select 'done' $$": ("a text", {}, 0),
-    "create function silver.f() returns setof int language sql as 'select generate_series(1, 7)'": ("a set, whose rows are not what was written", {}, 0),
-    "create function silver.f() returns table (a int, b int) language sql as 'select 1, 2 from generate_series(1, 7)'": ("a table, whose rows are not what was written", {}, 0),
+    "create function silver.f() returns setof int language sql as 'select generate_series(1, 7)'": (
+        "a set, whose rows are not what was written",
+        {},
+        0,
+    ),
+    "create function silver.f() returns table (a int, b int) language sql as 'values (1, 2), (3, 4)'": (
+        "a table, whose rows are not what was written",
+        {},
+        0,
+    ),
     "create function silver.f(out p_rows int) language sql as 'select 7'": ("one OUT", {}, 7),
-    "create function silver.f(out p_rows int, out other text) language sql as $$ select 7, 'x' $$": ("two OUT", {}, 7),
-    "create function silver.f(out a int, out b int) language sql as $$ select 7, 8 $$": ("rows named b", {"rows": "b"}, 8),
-    "create function silver.f(out a int, out b int) language sql as $$ select 7, 8::int $$": ("two OUT of which none is named rows", {}, 0),
-    "create function silver.f(inout p_rows bigint) language sql as 'select 7::bigint'": ("INOUT of a function", {}, 7),
-    "create function silver.f(inout p_rows bigint default 3) language sql as 'select p_rows + 4'": ("INOUT with a default", {}, 7),
-    "create function silver.f(inout n bigint) language sql as 'select 7::bigint'": ("INOUT renamed", {"rows": "n"}, 7),
-    "create procedure silver.f(inout p_rows bigint) language plpgsql as 'begin p_rows := 7; end'": ("INOUT of a procedure", {}, 7),
-    "create procedure silver.f(inout n bigint) language plpgsql as 'begin n := 7; end'": ("INOUT of a procedure renamed", {"rows": "n"}, 7),
-    "create procedure silver.f(out n int) language plpgsql as 'begin n := 7; end'": ("OUT of a procedure renamed", {"rows": "n"}, 7),
-    "create procedure silver.f(out n int) language plpgsql as 'begin  n := 7; end'": ("the only OUT of a procedure", {}, 7),
+    "create function silver.f(out p_rows int, out other text) language sql as $$ select 7, 'x' $$": (
+        "two OUT",
+        {},
+        7,
+    ),
+    "create function silver.f(out a int, out b int) language sql as $$ select 7, 8 $$": (
+        "rows named b",
+        {"rows": "b"},
+        8,
+    ),
+    "create function silver.f(out a int, out b int) language sql as $$ select 7, 8::int $$": (
+        "two OUT of which none is named rows",
+        {},
+        0,
+    ),
+    "create function silver.f(inout p_rows bigint) language sql as 'select 7::bigint'": (
+        "INOUT of a function",
+        {},
+        7,
+    ),
+    "create function silver.f(inout p_rows bigint default 3) language sql as 'select p_rows + 4'": (
+        "INOUT with a default",
+        {},
+        7,
+    ),
+    "create function silver.f(inout n bigint) language sql as 'select 7::bigint'": (
+        "INOUT renamed",
+        {"rows": "n"},
+        7,
+    ),
+    "create procedure silver.f(inout p_rows bigint) language plpgsql as 'begin p_rows := 7; end'": (
+        "INOUT of a procedure",
+        {},
+        7,
+    ),
+    "create procedure silver.f(inout n bigint) language plpgsql as 'begin n := 7; end'": (
+        "INOUT of a procedure renamed",
+        {"rows": "n"},
+        7,
+    ),
+    "create procedure silver.f(out n int) language plpgsql as 'begin n := 7; end'": (
+        "OUT of a procedure renamed",
+        {"rows": "n"},
+        7,
+    ),
+    "create procedure silver.f(out n int) language plpgsql as 'begin  n := 7; end'": (
+        "the only OUT of a procedure",
+        {},
+        7,
+    ),
     "create procedure silver.f() language plpgsql as 'begin end'": ("a procedure without output", {}, 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("create", "case"), CALLS.items(), ids=[label for label, _, _ in CALLS.values()])
@@ -285,11 +336,17 @@ def test_the_rows_of_every_kind_of_routine_are_reported(
 
 
 def test_every_contract_name_is_passed_typed_and_can_be_renamed(pipeline: Pipeline) -> None:
-    body = "insert into silver.trace (step) values (concat_ws('|', how, p_since is null, pg_typeof(to_ts), p_run_id))"
+    body = (
+        "insert into silver.trace (step) values (concat_ws('|', how, p_since is null, "
+        "pg_typeof(to_ts), p_run_id))"
+    )
     pipeline.add(
-        "load", body, arguments="how varchar(20), p_since timestamptz, to_ts timestamp, p_run_id int",
-        args={"p_mode": "how", "p_until": "to_ts"}, watermark=watermark(),
-    )  # fmt: skip
+        "load",
+        body,
+        arguments="how varchar(20), p_since timestamptz, to_ts timestamp, p_run_id int",
+        args={"p_mode": "how", "p_until": "to_ts"},
+        watermark=watermark(),
+    )
     pipeline.apply()
     run = pipeline.start()
     assert (run.status, pipeline.trace()) == (
@@ -329,7 +386,8 @@ def test_the_source_of_a_watermark_must_be_a_column_of_the_right_type(pipeline: 
     sources = {
         "bronze.nowhere.ingested_at": "table bronze.nowhere does not exist",
         "bronze.sales.nothing": "table bronze.sales has no column nothing",
-        "bronze.sales.note": "bronze.sales.note is of type text, the timestamp strategy needs timestamp with time zone or timestamp without time zone",
+        "bronze.sales.note": "bronze.sales.note is of type text, the timestamp strategy needs timestamp "
+        "with time zone or timestamp without time zone",
         "bronze.sales.ctid": "table bronze.sales has no column ctid",
     }
     pipeline.add(
@@ -600,16 +658,40 @@ def rich(pipeline: Pipeline) -> Row:
         },
     ]
     pipeline.add(
-        "sales", arguments="z text, a int, list text[], p_since timestamptz, n int default 0", dependencies=["customers"], params=declared,
-        watermark=watermark(source=["bronze.sales.ingested_at"], state_key="s", delay_ms=5000), timeout_ms=60000, lock_timeout_ms=500,
-        retries={"attempts": 5, "backoff_ms": 10, "max_backoff_ms": 20}, on_failure="stop", max_window="1 day", **group,
-        mv_refresh=[target("silver.mv_b", after="group", on="always", concurrently="false"), target("silver.mv", concurrently="true")],
+        "sales",
+        arguments="z text, a int, list text[], p_since timestamptz, n int default 0",
+        dependencies=["customers"],
+        params=declared,
+        watermark=watermark(source=["bronze.sales.ingested_at"], state_key="s", delay_ms=5000),
+        timeout_ms=60000,
+        lock_timeout_ms=500,
+        retries={"attempts": 5, "backoff_ms": 10, "max_backoff_ms": 20},
+        on_failure="stop",
+        max_window="1 day",
+        **group,
+        mv_refresh=[
+            target("silver.mv_b", after="group", on="always", concurrently="false"),
+            target("silver.mv", concurrently="true"),
+        ],
         checks=[
-            {"name": "steps", "type": "not_null", "table": "silver.trace", "columns": ["step"], "severity": "error"},
-            {"name": "few", "type": "row_count", "table": "silver.trace", "min": 0, "max": 10, "severity": "warn"},
+            {
+                "name": "steps",
+                "type": "not_null",
+                "table": "silver.trace",
+                "columns": ["step"],
+                "severity": "error",
+            },
+            {
+                "name": "few",
+                "type": "row_count",
+                "table": "silver.trace",
+                "min": 0,
+                "max": 10,
+                "severity": "warn",
+            },
             {"name": "holds", "type": "routine", "routine": "silver.holds", "severity": "warn"},
         ],
-    )  # fmt: skip
+    )
     pipeline.add(
         "back",
         type="dimension",
@@ -619,10 +701,22 @@ def rich(pipeline: Pipeline) -> Row:
         max_window=None,
     )
     return pipeline.spec(
-        description="everything", max_concurrency=7, search_path=["silver", "bronze"],
+        description="everything",
+        max_concurrency=7,
+        search_path=["silver", "bronze"],
         groups=[{"name": "idle", "description": None}, {"name": "sales", "description": "what was sold"}],
-        schedules=[{"name": "nightly", "cron": "0 2 * * *", "timezone": "UTC", "mode": None, "procedures": ["sales"], "params": {}, "catch_up": False}],
-    )  # fmt: skip
+        schedules=[
+            {
+                "name": "nightly",
+                "cron": "0 2 * * *",
+                "timezone": "UTC",
+                "mode": None,
+                "procedures": ["sales"],
+                "params": {},
+                "catch_up": False,
+            }
+        ],
+    )
 
 
 def test_the_catalog_holds_the_configuration_that_was_applied(pipeline: Pipeline) -> None:
@@ -637,12 +731,8 @@ def test_the_catalog_holds_the_configuration_that_was_applied(pipeline: Pipeline
         ("+", "procedure", "sales"),
         ("+", "schedule", "nightly"),
     ]
-    held, wanted = (
-        pipeline.conn.execute(
-            "select etl._catalog_config('bronze_to_silver'), etl._normalise_config(%s)", [spec]
-        ).fetchone()
-        or ()
-    )
+    held = pipeline.value("select etl._catalog_config('bronze_to_silver')")
+    wanted = pipeline.value("select etl._normalise_config(%s)", spec)
     assert held == wanted
     assert held["procedures"]["sales"]["watermark"]["delay_ms"] == 5000
 
@@ -695,14 +785,30 @@ def test_a_plan_shows_what_is_added_changed_and_removed_and_writes_nothing(pipel
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("type", "dimension"), ("description", "new"), ("default_mode", "full"), ("allow_full_refresh", True), ("allow_fact_dependency", True),
-        ("isolation", "serializable"), ("timeout_ms", 5), ("lock_timeout_ms", 5), ("on_failure", "stop"), ("group", "g"), ("tags", ["t"]),
-        ("retries", {"attempts": 9, "backoff_ms": 1, "max_backoff_ms": 1}), ("dependencies", ["other"]), ("args", {"p_mode": "how"}),
-        ("watermark", None), ("max_window", "2 days"), ("params", [{"name": "how", "type": "string", "required": False}]),
+        ("type", "dimension"),
+        ("description", "new"),
+        ("default_mode", "full"),
+        ("allow_full_refresh", True),
+        ("allow_fact_dependency", True),
+        ("isolation", "serializable"),
+        ("timeout_ms", 5),
+        ("lock_timeout_ms", 5),
+        ("on_failure", "stop"),
+        ("group", "g"),
+        ("tags", ["t"]),
+        ("retries", {"attempts": 9, "backoff_ms": 1, "max_backoff_ms": 1}),
+        ("dependencies", ["other"]),
+        ("args", {"p_mode": "how"}),
+        ("watermark", None),
+        ("max_window", "2 days"),
+        ("params", [{"name": "how", "type": "string", "required": False}]),
         ("mv_refresh", [{"name": "silver.mv", "after": "run", "on": "always", "concurrently": "auto"}]),
-        ("checks", [{"name": "n", "type": "row_count", "table": "silver.trace", "max": 3, "severity": "warn"}]),
+        (
+            "checks",
+            [{"name": "n", "type": "row_count", "table": "silver.trace", "max": 3, "severity": "warn"}],
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_change_of_any_one_field_is_seen_and_stored(field: str, value: Any, pipeline: Pipeline) -> None:
     pipeline.sql("create materialized view silver.mv as select 1 as n")
     pipeline.add("other", type="dimension")
@@ -746,7 +852,8 @@ def test_a_catalog_edited_by_hand_is_reported_as_drift_and_put_right(pipeline: P
     pipeline.apply()
     pipeline.conn.execute("update etl.procedures set max_attempts = 9 where name = 'load'")
     pipeline.conn.execute(
-        "insert into etl.dependencies select a.procedure_id, b.procedure_id from etl.procedures a, etl.procedures b where a.name < b.name"
+        "insert into etl.dependencies select a.procedure_id, b.procedure_id from etl.procedures a, "
+        "etl.procedures b where a.name < b.name"
     )
     found = plan(pipeline)
     (drift,) = found["drift"]
@@ -801,7 +908,8 @@ def test_every_version_is_kept_whole_with_its_author_and_cannot_be_changed(pipel
     pipeline.procedures[0]["timeout_ms"] = 1
     pipeline.value(apply, Jsonb(pipeline.spec()), None, None, None)
     versions = pipeline.rows(
-        "select version, author, git_revision, source, applied_by, config, changes, digest from etl.config_versions order by version"
+        "select version, author, git_revision, source, applied_by, config, changes, digest from "
+        "etl.config_versions order by version"
     )
     assert [(v["version"], v["author"], v["git_revision"], v["source"]) for v in versions] == [
         (1, "ann", "abc123", "transformations.yaml"),
@@ -876,9 +984,11 @@ def test_two_pipelines_that_apply_at_once_cannot_both_get_one_state_key(
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(second.execute, "select etl.apply_config(%s)", [Jsonb(other.spec())])
             wait_until(
-                pipeline.conn, "select exists (select from pg_locks where not granted and pid = %s) or (select state = 'idle' from pg_stat_activity where pid = %s)",
+                pipeline.conn,
+                "select exists (select from pg_locks where not granted and pid = %s) or (select state = "
+                "'idle' from pg_stat_activity where pid = %s)",
                 [second.info.backend_pid] * 2,
-            )  # fmt: skip
+            )
             first.commit()
             with pytest.raises(psycopg.DatabaseError) as caught:
                 waiting.result(timeout=30)
@@ -931,13 +1041,15 @@ def test_problems_of_the_database_are_shown_in_the_file(pipeline: Pipeline, tmp_
         (
             7,
             5,
-            "argument p_since of silver.fact_sales(date) is of type date; the timestamp strategy passes timestamp with time zone",
+            "argument p_since of silver.fact_sales(date) is of type date; the timestamp strategy passes "
+            "timestamp with time zone",
         ),
         (11, 16, "silver.fact_sales(date) has no argument for param country"),
         (
             14,
             15,
-            "bronze.sales.note is of type text, the timestamp strategy needs timestamp with time zone or timestamp without time zone",
+            "bronze.sales.note is of type text, the timestamp strategy needs timestamp with time zone or "
+            "timestamp without time zone",
         ),
         (16, 9, "table silver.nowhere does not exist"),
         (18, 9, "materialized view silver.mv does not exist"),

@@ -401,6 +401,17 @@ def test_drift_is_shown_first_and_fails_the_check(cli: Cli, pipeline: Database) 
     assert done.out.startswith("! drift: ~ procedure silver.third\n    default_mode: incremental -> full\n")
 
 
+def test_drift_that_the_file_agrees_with_is_recorded(cli: Cli, pipeline: Database, tmp_path: Path) -> None:
+    with pipeline.connect() as conn:
+        conn.execute("update etl.procedures set default_mode = 'full' where name = 'silver.third'")
+    (tmp_path / "transformations.yaml").write_text(CONFIG + "    default_mode: full\n")
+    checked = cli("sync-config", "--check")
+    assert checked.code == 1
+    assert checked.out.endswith("0 changes to pipeline bronze_to_silver, not applied\n")
+    assert cli("sync-config").out.endswith("as it is now is recorded as version 2\n")
+    assert cli("sync-config", "--check").code == 0
+
+
 def test_a_wrong_file_is_reported_with_its_places(cli: Cli, pipeline: Database, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text(CONFIG.replace("dimension", "dimensoin", 1))
     done = cli("sync-config", "--config", "wrong.yaml")

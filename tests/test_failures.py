@@ -562,24 +562,31 @@ def test_a_read_only_session_default_is_an_error_of_the_server_and_leaves_nothin
 SKEW = "create table silver.oncall (doctor text, is_on boolean)"
 
 
+SWITCH_OFF = "update silver.oncall set is_on = false where doctor = 'ann'"
+
+
 @pytest.mark.parametrize("scope", ["per_procedure", "per_group"])
+@pytest.mark.parametrize(
+    "body", [f"{Gate.WAIT}; {SWITCH_OFF}", f"{SWITCH_OFF}; {Gate.WAIT}"], ids=["then_writes", "has_written"]
+)
 def test_a_serializable_step_that_lost_against_another_session_is_tried_again(
-    pipeline: Pipeline, scope: str
+    pipeline: Pipeline, scope: str, body: str
 ) -> None:
     pipeline.sql(f"{SKEW}; insert into silver.oncall values ('ann', true), ('bob', true)")
     pipeline.add(
         "load",
-        "if (select count(*) from silver.oncall where is_on) > 1 then"
-        f" {Gate.WAIT}; update silver.oncall set is_on = false where doctor = 'ann'; end if",
-        isolation="serializable", group="g", transaction_scope=scope,
-    )  # fmt: skip
+        f"if (select count(*) from silver.oncall where is_on) > 1 then {body}; end if",
+        isolation="serializable",
+        group="g",
+        transaction_scope=scope,
+    )
     pipeline.apply()
+    other = pipeline.db.connect()
     with pipeline.gate() as gate:
-        started = pipeline.start_in_background()
-        gate.wait_for_arrivals()
-        other = pipeline.db.connect()
         other.execute("begin isolation level serializable")
         assert other.execute("select count(*) from silver.oncall where is_on").fetchone() == (2,)
+        started = pipeline.start_in_background()
+        gate.wait_for_arrivals()
         other.execute("update silver.oncall set is_on = false where doctor = 'bob'")
         other.execute("commit")
         gate.open()

@@ -209,7 +209,8 @@ def test_a_code_file_is_complete_each_routine_with_its_comment_and_its_revoke(pa
 # -- what an installation holds --
 
 ROUTINES = """
-select p.proname, p.oid::regprocedure::text as signature, obj_description(p.oid, 'pg_proc') as comment, p.proconfig, p.prosecdef,
+select p.proname, p.oid::regprocedure::text as signature, obj_description(p.oid, 'pg_proc') as comment,
+  p.proconfig, p.prosecdef,
        case when p.prosqlbody is null then p.prosrc else '' end as source, l.lanname
   from pg_proc p join pg_language l on l.oid = p.prolang where p.pronamespace = 'etl'::regnamespace order by 2
 """
@@ -225,7 +226,7 @@ def test_every_routine_has_a_comment_that_says_what_it_does(db: Database) -> Non
 
 
 def test_every_routine_pins_its_search_path_but_those_that_cannot(db: Database) -> None:
-    """A body parsed when it was created (`return ...`) means the same under every search_path, and can be inlined."""
+    """A body parsed when it was created (`return ...`) means the same everywhere and can be inlined."""
     unpinned = {
         name: source
         for name, _, _, settings, _, source, _ in db.connect().execute(ROUTINES)
@@ -281,15 +282,18 @@ def test_every_routine_states_its_language_and_its_volatility(path: Path) -> Non
     assert lacking == []
 
 
-def test_every_table_view_and_enum_has_a_comment(db: Database) -> None:
+def test_every_table_view_and_type_has_a_comment(db: Database) -> None:
     lacking = (
         db.connect()
         .execute(
-            """select relname from pg_class where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v') and not relispartition
+            """select relname from pg_class where relnamespace = 'etl'::regnamespace and relkind in ('r',
+              'p', 'v') and not relispartition
               and obj_description(oid, 'pg_class') is null
            union all
-           select typname from pg_type t where typnamespace = 'etl'::regnamespace and obj_description(oid, 'pg_type') is null
-              and (typtype = 'e' or exists (select from pg_class c where c.oid = t.typrelid and c.relkind = 'c'))"""
+           select typname from pg_type t where typnamespace = 'etl'::regnamespace and obj_description(oid,
+             'pg_type') is null
+              and (typtype in ('d', 'e') or exists (select from pg_class c where c.oid = t.typrelid
+                and c.relkind = 'c'))"""
         )
         .fetchall()
     )
@@ -302,7 +306,7 @@ def test_names_of_columns_tell_their_types(db: Database) -> None:
         r"_id$": {"integer", "bigint"},
         r"_ms$": {"integer", "bigint", "numeric(16,3)"},
         r"^is_": {"boolean"},
-        r"^status$": {"text"},
+        r"^status$": {"text", "etl.run_status", "etl.attempt_status"},
     }
     columns = db.connect().execute(
         """select c.relname, a.attname, format_type(a.atttypid, a.atttypmod)
@@ -323,7 +327,8 @@ def test_check_constraints_are_named_as_sentences(db: Database) -> None:
         db.connect()
         .execute(
             """select k.conname from pg_constraint k join pg_class c on c.oid = k.conrelid
-            where c.relnamespace = 'etl'::regnamespace and k.contype = 'c' and k.conname not like '%\\_is\\_only\\_row\\_check'"""
+            where c.relnamespace = 'etl'::regnamespace and k.contype = 'c'
+              and k.conname not like '%\\_is\\_only\\_row\\_check'"""
         )
         .fetchall()
     )
@@ -335,14 +340,18 @@ def test_nothing_in_schema_etl_is_open_to_public(db: Database) -> None:
     open_to_public = (
         db.connect()
         .execute(
-            """select 'routine', oid::regprocedure::text from pg_proc, aclexplode(coalesce(proacl, acldefault('f', proowner))) a
+            """select 'routine', oid::regprocedure::text from pg_proc, aclexplode(coalesce(proacl,
+              acldefault('f', proowner))) a
             where pronamespace = 'etl'::regnamespace and a.grantee = 0
            union all
            select 'relation', relname from pg_class,
-                  aclexplode(coalesce(relacl, acldefault(case relkind when 'S' then 's'::"char" else 'r'::"char" end, relowner))) a
-            where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'S') and a.grantee = 0
+                  aclexplode(coalesce(relacl,
+                    acldefault(case relkind when 'S' then 's'::"char" else 'r'::"char" end, relowner))) a
+            where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v', 'm', 'S')
+              and a.grantee = 0
            union all
-           select 'schema', nspname from pg_namespace, aclexplode(coalesce(nspacl, acldefault('n', nspowner))) a
+           select 'schema', nspname from pg_namespace, aclexplode(coalesce(nspacl, acldefault('n',
+             nspowner))) a
             where nspname = 'etl' and a.grantee = 0"""
         )
         .fetchall()
@@ -355,7 +364,8 @@ def test_no_role_but_the_owner_may_write_a_table(db: Database) -> None:
         db.connect()
         .execute(
             """select relname, a.grantee::regrole::text, a.privilege_type from pg_class, aclexplode(relacl) a
-            where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v') and a.grantee <> relowner and a.privilege_type <> 'SELECT'"""
+            where relnamespace = 'etl'::regnamespace and relkind in ('r', 'p', 'v')
+              and a.grantee <> relowner and a.privilege_type <> 'SELECT'"""
         )
         .fetchall()
     )
@@ -366,7 +376,8 @@ def test_each_role_may_call_the_verbs_that_are_its_own(db: Database) -> None:
     granted: dict[str, set[str]] = {}
     for name, role in db.connect().execute(
         """select p.proname, a.grantee::regrole::text from pg_proc p, aclexplode(p.proacl) a
-            where p.pronamespace = 'etl'::regnamespace and a.grantee <> p.proowner and p.proname not like '\\_%'"""
+            where p.pronamespace = 'etl'::regnamespace and a.grantee <> p.proowner
+              and p.proname not like '\\_%'"""
     ):
         granted.setdefault(role, set()).add(name)
     assert set(granted) == {"etl_admin", "etl_operator", "etl_reader"}
@@ -385,7 +396,8 @@ def test_the_planner_inlines_arrived_so_that_an_index_serves_the_window(db: Data
     plan = "\n".join(
         line
         for (line,) in conn.execute(
-            "explain select * from rows_of_bronze r where etl.arrived(r.etl_xid, '10:20:'::pg_snapshot, '30:40:'::pg_snapshot)"
+            "explain select * from rows_of_bronze r where etl.arrived(r.etl_xid, '10:20:'::pg_snapshot, "
+            "'30:40:'::pg_snapshot)"
         )
     )
     assert "Index Cond: ((etl_xid >= " in plan

@@ -65,7 +65,9 @@ def test_after_its_group_means_after_the_last_selected_member_whatever_the_trans
 ) -> None:
     count_trace(pipeline, "mart.g")
     for name, needs in (("a", []), ("b", ["a"]), ("c", ["b"]), ("other", ["c"])):
-        grouped = {"group": "g", "mv_refresh": [target("mart.g", after="group")]} if name != "other" else {}
+        grouped: Row = (
+            {"group": "g", "mv_refresh": [target("mart.g", after="group")]} if name != "other" else {}
+        )
         pipeline.add(name, dependencies=needs, **grouped)
     pipeline.apply()
     pipeline.start()
@@ -203,7 +205,10 @@ def test_one_failed_feeder_of_two_is_enough_to_skip(pipeline: Pipeline) -> None:
 def test_a_step_that_succeeds_on_its_second_attempt_has_its_view_refreshed(pipeline: Pipeline) -> None:
     count_trace(pipeline, "mart.r")
     pipeline.sql("create sequence silver.attempts")
-    body = "if nextval('silver.attempts') = 1 then raise serialization_failure; end if; insert into silver.trace (step) values ('load')"
+    body = (
+        "if nextval('silver.attempts') = 1 then raise serialization_failure; end if; insert into "
+        "silver.trace (step) values ('load')"
+    )
     pipeline.add("load", body, mv_refresh=[target("mart.r", after="procedure")])
     pipeline.apply()
     run = pipeline.start()
@@ -284,7 +289,8 @@ def test_a_refusal_that_the_catalog_did_not_foretell_leads_to_a_plain_refresh_wi
     """The decision is made to answer yes where the server says no."""
     pipeline.sql("create materialized view mart.v as select 1 as n")
     pipeline.conn.execute(
-        "create or replace function etl._can_refresh_concurrently(mv regclass) returns boolean language sql stable strict as 'select true'"
+        "create or replace function etl._can_refresh_concurrently(mv regclass) returns boolean language "
+        "sql stable strict as 'select true'"
     )
     pipeline.add("load", mv_refresh=[target("mart.v")])
     pipeline.apply()
@@ -480,11 +486,16 @@ def test_every_refresh_records_when_it_began_and_ended_and_how_long_it_took(pipe
 @pytest.mark.parametrize(
     ("choice", "refreshed"),
     [
-        (None, ["mart.a", "mart.b"]), (True, ["mart.a", "mart.b"]), (False, []), ([], []), (["mart.b"], ["mart.b"]),
-        (["mart.c"], ["mart.c"]), (["mart.a", "mart.c"], ["mart.a", "mart.c"]),
+        (None, ["mart.a", "mart.b"]),
+        (True, ["mart.a", "mart.b"]),
+        (False, []),
+        ([], []),
+        (["mart.b"], ["mart.b"]),
+        (["mart.c"], ["mart.c"]),
+        (["mart.a", "mart.c"], ["mart.a", "mart.c"]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_request_can_choose_what_is_refreshed(
     choice: Any, refreshed: list[str], pipeline: Pipeline
 ) -> None:

@@ -1,4 +1,4 @@
-"""Installing and upgrading: the same end state by every way there, all or nothing, and refused where it would do harm."""
+"""Installing and upgrading: one end state by every way, all or nothing, refused where it would do harm."""
 
 from __future__ import annotations
 
@@ -28,38 +28,55 @@ from tests.servers import Connection, Database, Server, wait_until
 PROJECT = Path(__file__).resolve().parents[1]
 MIGRATIONS = tuple(sorted(path.stem for path in (PROJECT / "migrations").glob("*.sql")))
 
-# Everything that an installation leaves behind in the catalog, one line a thing, whoever owns or may use it included.
+# Everything that an installation leaves behind in the catalog, one line a thing,
+# whoever owns or may use it included.
 FINGERPRINT = """
 with ours as (
-  select c.* from pg_class c where c.relnamespace = 'etl'::regnamespace and c.relkind in ('r', 'v', 'p', 'm', 'S')
+  select c.* from pg_class c where c.relnamespace = 'etl'::regnamespace and c.relkind in ('r', 'v', 'p',
+    'm', 'S')
 )
-select 'schema ' || nspowner::regrole || ' ' || coalesce(nspacl::text, '') as line from pg_namespace where nspname = 'etl'
+select 'schema ' || nspowner::regrole || ' ' || coalesce(nspacl::text, '') as line from pg_namespace
+  where nspname = 'etl'
 union all
-select format('routine %s %s %s %s %s', oid::regprocedure, proowner::regrole, proacl, obj_description(oid, 'pg_proc'),
+select format('routine %s %s %s %s %s', oid::regprocedure, proowner::regrole, proacl, obj_description(oid,
+  'pg_proc'),
               pg_get_functiondef(oid)) from pg_proc where pronamespace = 'etl'::regnamespace
 union all
-select format('relation %s %s %s %s %s %s', relkind, relname, relowner::regrole, relacl, reloptions, obj_description(oid, 'pg_class'))
+select format('relation %s %s %s %s %s %s', relkind, relname, relowner::regrole, relacl, reloptions,
+  obj_description(oid, 'pg_class'))
   from ours
 union all
-select format('column %s.%s %s %s %s %s %s %s', c.relname, a.attname, a.attnum, format_type(a.atttypid, a.atttypmod), a.attnotnull,
-              a.attidentity::text || a.attgenerated::text, pg_get_expr(d.adbin, d.adrelid), col_description(c.oid, a.attnum))
+select format('column %s.%s %s %s %s %s %s %s', c.relname, a.attname, a.attnum, format_type(a.atttypid,
+  a.atttypmod), a.attnotnull,
+              a.attidentity::text || a.attgenerated::text, pg_get_expr(d.adbin, d.adrelid),
+                col_description(c.oid, a.attnum))
   from ours c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
   left join pg_attrdef d on d.adrelid = c.oid and d.adnum = a.attnum
  where c.relkind <> 'S'
 union all
-select format('constraint %s.%s %s', c.relname, k.conname, pg_get_constraintdef(k.oid)) from pg_constraint k join ours c on c.oid = k.conrelid
+select format('constraint %s.%s %s', c.relname, k.conname, pg_get_constraintdef(k.oid))
+  from pg_constraint k join ours c on c.oid = k.conrelid
 union all
 select 'index ' || pg_get_indexdef(i.indexrelid) from pg_index i join ours c on c.oid = i.indrelid
 union all
-select 'trigger ' || pg_get_triggerdef(t.oid) from pg_trigger t join ours c on c.oid = t.tgrelid where not t.tgisinternal
+select 'trigger ' || pg_get_triggerdef(t.oid) from pg_trigger t join ours c on c.oid = t.tgrelid
+  where not t.tgisinternal
 union all
 select format('view %s %s', relname, pg_get_viewdef(oid)) from ours where relkind = 'v'
 union all
-select format('type %s %s %s %s %s', t.typname, t.typtype, t.typowner::regrole, obj_description(t.oid, 'pg_type'),
-              (select string_agg(e.enumlabel, ',' order by e.enumsortorder) from pg_enum e where e.enumtypid = t.oid))
+select format('type %s %s %s %s %s', t.typname, t.typtype, t.typowner::regrole, obj_description(t.oid,
+  'pg_type'),
+              (select string_agg(e.enumlabel, ',' order by e.enumsortorder) from pg_enum e
+                where e.enumtypid = t.oid))
   from pg_type t where t.typnamespace = 'etl'::regnamespace
 union all
-select format('cast %s -> %s %s', castsource::regtype, casttarget::regtype, castcontext) from pg_cast where casttarget = 'etl.dry_run'::regtype
+select format('domain %s %s %s %s', t.typname, format_type(t.typbasetype, t.typtypmod), k.conname,
+              pg_get_constraintdef(k.oid))
+  from pg_type t left join pg_constraint k on k.contypid = t.oid
+ where t.typnamespace = 'etl'::regnamespace and t.typtype = 'd'
+union all
+select format('cast %s -> %s %s', castsource::regtype, casttarget::regtype, castcontext) from pg_cast
+  where casttarget = 'etl.dry_run'::regtype
 union all
 select format('ledger %s %s %s', name, sha256, version) from etl.migrations
 union all
@@ -176,7 +193,7 @@ def test_the_script_says_what_it_installs_and_needs_no_other_file() -> None:
 
 
 def install_older_release(conn: Connection, version: str, migrations: int) -> None:
-    """What a release with only the first migrations would have left: its tables, a ledger, its own version."""
+    """What a release with only the first migrations would have left: tables, a ledger, its own version."""
     manifest = load_manifest()
     with conn.transaction():
         conn.execute("select set_config('b2s.version', %s, true)", [version])
@@ -251,9 +268,12 @@ def test_everything_in_schema_etl_belongs_to_etl_owner(db: Database) -> None:
         db.connect()
         .execute(
             """select 'schema', nspowner::regrole::text from pg_namespace where nspname = 'etl'
-           union select 'relation', relowner::regrole::text from pg_class where relnamespace = 'etl'::regnamespace
-           union select 'routine', proowner::regrole::text from pg_proc where pronamespace = 'etl'::regnamespace
-           union select 'type', typowner::regrole::text from pg_type where typnamespace = 'etl'::regnamespace"""
+           union select 'relation', relowner::regrole::text from pg_class
+             where relnamespace = 'etl'::regnamespace
+           union select 'routine', proowner::regrole::text from pg_proc
+             where pronamespace = 'etl'::regnamespace
+           union select 'type', typowner::regrole::text from pg_type
+             where typnamespace = 'etl'::regnamespace"""
         )
         .fetchall()
     )
@@ -425,11 +445,16 @@ def _swallow(worker: Connection) -> None:
 
 
 SLOW = """
-{"version": 1, "pipeline": "slow", "description": null, "max_concurrency": 2, "search_path": [], "groups": [], "schedules": [],
- "procedures": [{"name": "silver.slow", "routine": "silver.load_slow", "type": "dimension", "description": null, "dependencies": [],
-   "allow_fact_dependency": false, "group": null, "tags": [], "default_mode": "incremental", "allow_full_refresh": false,
-   "transaction_scope": "per_procedure", "isolation": "read committed", "params": [], "args": {}, "watermark": null,
-   "retries": {"attempts": 3, "backoff_ms": 1, "max_backoff_ms": 1}, "timeout_ms": null, "lock_timeout_ms": null,
+{"version": 1, "pipeline": "slow", "description": null, "max_concurrency": 2, "search_path": [],
+  "groups": [], "schedules": [],
+ "procedures": [{"name": "silver.slow", "routine": "silver.load_slow", "type": "dimension",
+   "description": null, "dependencies": [],
+   "allow_fact_dependency": false, "group": null, "tags": [], "default_mode": "incremental",
+     "allow_full_refresh": false,
+   "transaction_scope": "per_procedure", "isolation": "read committed", "params": [], "args": {},
+     "watermark": null,
+   "retries": {"attempts": 3, "backoff_ms": 1, "max_backoff_ms": 1}, "timeout_ms": null,
+     "lock_timeout_ms": null,
    "on_failure": "continue", "max_window": null, "checks": [], "mv_refresh": []}]}
 """
 
@@ -448,7 +473,8 @@ def test_a_dead_run_does_not_stand_in_the_way_of_an_upgrade(waiting_run: Connect
     conn.execute("select pg_terminate_backend(%s)", [waiting_run.info.backend_pid])
     wait_until(
         conn,
-        "select not exists (select from pg_locks where locktype = 'advisory' and classid = 6435443 and objid <> 0)",
+        "select not exists (select from pg_locks where locktype = 'advisory' and classid = 6435443 and "
+        "objid <> 0)",
     )
     assert conn.execute("select status from etl.runs").fetchall() == [("running",)]
     assert migrate(db.dsn).after == b2s.__version__
@@ -608,8 +634,11 @@ def test_b2s_from_the_wheel_installs_the_same_as_from_the_checkout(
 ) -> None:
     site = tmp_path / "site-packages"
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    program = "import b2s.migrate, b2s.sqlfiles, sys; print(b2s.sqlfiles.sql_root()); b2s.migrate.migrate(sys.argv[1])"
+        archive.extractall(site)  # noqa: S202
+    program = (
+        "import b2s.migrate, b2s.sqlfiles, sys; print(b2s.sqlfiles.sql_root()); "
+        "b2s.migrate.migrate(sys.argv[1])"
+    )
     environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
         [sys.executable, "-c", program, empty_db.dsn],

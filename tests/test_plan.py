@@ -150,7 +150,8 @@ def test_a_circle_that_got_into_the_catalog_by_hand_is_named_and_not_run(pipelin
     add(pipeline, "after", "b")
     pipeline.apply()
     pipeline.conn.execute(
-        "insert into etl.dependencies select a.procedure_id, b.procedure_id from etl.procedures a, etl.procedures b where (a.name, b.name) = ('a', 'b')"
+        "insert into etl.dependencies select a.procedure_id, b.procedure_id from etl.procedures a, "
+        "etl.procedures b where (a.name, b.name) = ('a', 'b')"
     )
     with refused("PT400", "plan.cycle") as refusal:
         pipeline.start()
@@ -211,7 +212,8 @@ def test_dependencies_that_are_not_part_of_the_run_are_noted_with_their_age(pipe
     assert row["depends_on"] == ["a", "b"]
     assert (
         row["notes"]
-        == f"needs a, which is not in this run and last succeeded at {succeeded}; needs b, which is not in this run and never succeeded"
+        == f"needs a, which is not in this run and last succeeded at {succeeded}; needs b, which is not in "
+        f"this run and never succeeded"
     )
 
 
@@ -232,9 +234,14 @@ def random_pipeline(rng: random.Random, pipeline: Pipeline, size: int) -> None:
         if kinds[name] == "dimension" and rng.random() < 0.8:
             needs = [other for other in needs if kinds[other] == "dimension"]
         add(
-            pipeline, name, *needs, kind=kinds[name], allow_fact_dependency=True, group=group,
+            pipeline,
+            name,
+            *needs,
+            kind=kinds[name],
+            allow_fact_dependency=True,
+            group=group,
             transaction_scope="per_group" if group and per_group[group] else "per_procedure",
-        )  # fmt: skip
+        )
     rng.shuffle(pipeline.procedures)
 
 
@@ -283,9 +290,9 @@ def check_rows(
     assert [row["scope_index"] for row in rows] == sorted(row["scope_index"] for row in rows)
 
     def touches_fact(name: str) -> bool:
-        return definitions[name]["type"] == "fact"
+        return bool(definitions[name]["type"] == "fact")
 
-    # A scope is early when neither it nor anything before it in the run contains a fact: early ones come first.
+    # A scope is early when neither it nor anything before it contains a fact: early ones come first.
     members: dict[str, set[str]] = {}
     for name, scope in scope_of.items():
         members.setdefault(scope, set()).add(name)
@@ -304,7 +311,7 @@ def check_rows(
 
 
 def check_scopes(pipeline: Pipeline, request: Row) -> None:
-    """The counters of a stored run are the numbers of edges that lead to each scope, and every edge leads onward."""
+    """The counters of a stored run are the numbers of edges to each scope; every edge leads onward."""
     with pipeline.conn.transaction(force_rollback=True):
         run_id = pipeline.value("select run_id from etl._begin_run(%s)", Jsonb(request))
         stored = pipeline.rows("select * from etl.run_scopes where run_id = %s order by scope_index", run_id)
@@ -359,7 +366,9 @@ def test_every_plan_of_random_pipelines_is_topological_with_dimensions_first_and
         for override in (None, "per_group", "per_procedure"):
             chosen = set(rng.sample(sorted(definitions), rng.randint(1, len(definitions))))
             wanted = scope_of(chosen, override)
-            request = {"procedures": sorted(chosen)} | ({"transaction_scope": override} if override else {})
+            request: Row = {"procedures": sorted(chosen)} | (
+                {"transaction_scope": override} if override else {}
+            )
             if not contracts_without_a_circle(wanted, above):
                 circles += 1
                 with refused("PT400", "plan.group_cycle"):
@@ -384,12 +393,10 @@ def test_a_thousand_procedures_are_planned_in_order(pipeline: Pipeline) -> None:
             kind="dimension" if position < 500 else "fact",
         )
     pipeline.apply()
-    position = {row["name"]: row["order_index"] for row in pipeline.plan()}
-    assert sorted(position.values()) == list(range(1, 1001))
-    assert all(
-        position[need] < position[p["name"]] for p in pipeline.procedures for need in p["dependencies"]
-    )
-    assert max(position[p["name"]] for p in pipeline.procedures if p["type"] == "dimension") == 500
+    place: dict[str, int] = {row["name"]: row["order_index"] for row in pipeline.plan()}
+    assert sorted(place.values()) == list(range(1, 1001))
+    assert all(place[need] < place[p["name"]] for p in pipeline.procedures for need in p["dependencies"])
+    assert max(place[p["name"]] for p in pipeline.procedures if p["type"] == "dimension") == 500
     check_scopes(pipeline, {})
 
 
@@ -415,8 +422,16 @@ def test_a_run_does_what_the_plan_said(pipeline: Pipeline) -> None:
     planned = pipeline.plan(**request)
     run = pipeline.start(**request)
     done = pipeline.rows("select * from etl.step_history where run_id = %s order by order_index", run.run_id)
-    same = {"order_index": "order_index", "name": "procedure", "procedure_type": "type", "group_name": "group_name", "step_mode": "mode",
-            "tx_scope": "tx_scope", "isolation": "isolation", "parameters": "parameters"}  # fmt: skip
+    same = {
+        "order_index": "order_index",
+        "name": "procedure",
+        "procedure_type": "type",
+        "group_name": "group_name",
+        "step_mode": "mode",
+        "tx_scope": "tx_scope",
+        "isolation": "isolation",
+        "parameters": "parameters",
+    }
     steps = [row for row in planned if row["kind"] == "step"]
     assert [{key: row[key] for key in same} for row in steps] == [
         {key: row[there] for key, there in same.items()} for row in done
@@ -448,7 +463,8 @@ def test_a_step_shows_the_statement_with_its_values_written_in(pipeline: Pipelin
 @pytest.mark.parametrize("strategy", WINDOW)
 def test_a_plan_shows_the_window_that_a_step_would_get_now(strategy: str, pipeline: Pipeline) -> None:
     pipeline.sql(
-        "create table bronze.sales (id bigint, etl_xid xid8 default pg_current_xact_id(), ingested_at timestamptz default now())"
+        "create table bronze.sales (id bigint, etl_xid xid8 default pg_current_xact_id(), ingested_at "
+        "timestamptz default now())"
     )
     pipeline.sql("insert into bronze.sales (id) values (41)")
     arguments, source = WINDOW[strategy]
@@ -566,13 +582,20 @@ def test_procedures_that_share_a_watermark_are_not_run_apart(pipeline: Pipeline)
     """One alone would move the watermark over rows that the other has not read."""
     pipeline.sql("create table bronze.sales (ingested_at timestamptz)")
     watermark = {
-        "strategy": "timestamp", "source": ["bronze.sales.ingested_at"], "state_key": "shared", "delay_ms": 0,
-    }  # fmt: skip
+        "strategy": "timestamp",
+        "source": ["bronze.sales.ingested_at"],
+        "state_key": "shared",
+        "delay_ms": 0,
+    }
     for name in ("a", "b"):
         pipeline.add(name, arguments=WINDOW["timestamp"][0], watermark=watermark, **GROUP)
     pipeline.add("c")
     pipeline.apply()
-    apart: list[Row] = [{"procedures": ["a"]}, {"procedures": ["b", "c"]}, {"transaction_scope": "per_procedure"}]
+    apart: list[Row] = [
+        {"procedures": ["a"]},
+        {"procedures": ["b", "c"]},
+        {"transaction_scope": "per_procedure"},
+    ]
     for request in apart:
         with refused("PT422", "selection.splits_watermark") as refusal:
             pipeline.start(**request)

@@ -14,7 +14,7 @@ begin
     perform etl._fail('PT409', 'config.stale', 'the configuration in the database has changed since this plan was made',
       'plan again: b2s sync-config --dry-run', jsonb_build_object('base_digest', base_digest, 'digest', v_plan->'base_digest'));
   end if;
-  if v_plan->'changes' = '[]' then return v_plan; end if;
+  if v_plan->'changes' = '[]' and v_plan->'drift' = '[]' then return v_plan; end if;
   v_pipeline_id := etl._store_pipeline(config);
   update etl.procedures p set is_active = false, state_key = null, watermark_strategy = null
    where p.pipeline_id = v_pipeline_id and p.is_active and p.name not in (select x->>'name' from jsonb_array_elements(apply_config.config->'procedures') x);

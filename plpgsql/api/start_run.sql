@@ -7,48 +7,41 @@
 create or replace procedure etl._walk(run_id bigint, pipeline_id int)
 language plpgsql as $$
 declare
-  v_next   record;
-  v_ended  int;
-  v_result jsonb;
-  v_seen   jsonb := etl._change_baseline();
-  v_delay  float8;
-  v_interruption text;
+  v_next    record;
+  v_result  jsonb;
+  v_seen    jsonb := etl._change_baseline();
+  v_delay   float8;
+  v_is_held boolean;
 begin
-  perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+  v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
   loop
-    select * into v_next from etl._claim(run_id, v_ended, coalesce(v_result->'events', '[]'));
-    perform etl._hold(pipeline_id);
+    v_next := etl._claim(run_id, v_result);
+    v_is_held := etl._hold(pipeline_id);
     if v_next.action = 'done' then
-      commit; perform pg_catalog.pg_advisory_unlock(6435443, pipeline_id);
+      commit; v_is_held := pg_catalog.pg_advisory_unlock(6435443, pipeline_id);
       return;
     end if;
     if v_next.isolation = 'serializable' then commit; set transaction isolation level serializable;
     elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read;
     else commit; set transaction isolation level read committed; end if;
-    perform etl._rehold(pipeline_id);
+    v_is_held := etl._rehold(pipeline_id);
     if v_next.kind = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
-    else v_result := etl._execute_scope(run_id, v_next.scope_index, v_seen); end if;
-    perform etl._hold(pipeline_id);
+    else v_result := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
+    v_is_held := etl._hold(pipeline_id);
     if not v_result ? 'failure' then
-      commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
-      v_ended := v_next.scope_index;
+      commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
       v_seen := coalesce(v_result->'seen', v_seen);
       continue;
     end if;
-    rollback; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
-    v_ended := null;
+    rollback; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
     v_delay := etl._record_failure(run_id, v_next.scope_index, v_result->'failure');
     v_seen := etl._change_baseline();
     v_result := null;
-    perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+    v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
     while v_delay > 0 loop
-      v_interruption := null;
-      begin
-        perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
-      exception when query_canceled then v_interruption := sqlerrm;
-      end;
-      v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500 end;
-      perform etl._hold(pipeline_id); commit; set transaction isolation level read committed; perform etl._rehold(pipeline_id);
+      perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
+      v_delay := v_delay - 500;
+      v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
     end loop;
   end loop;
 end $$;

@@ -91,7 +91,7 @@ revoke all on function etl._refresh_skip_reason(bigint, int) from public;
 create or replace function etl._take_scope(run etl.runs, scope etl.run_scopes) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_step etl.procedure_runs;
+  v_step record;
   v_name text;
 begin
   if scope.kind = 'refresh' then
@@ -103,62 +103,81 @@ begin
     update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
      where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
        and p.attempt = scope.attempt and p.status = 'pending'
-    returning p.*
+    returning p.order_index, p.procedure_name, p.watermark_strategy is not null and p.window_until is null as has_window
   loop
     v_name := v_step.procedure_name;
-    if v_step.watermark_strategy is not null and v_step.window_until is null then
-      perform etl._fix_window(v_step, run.as_of);
-    end if;
+    if v_step.has_window then perform etl._fix_window(run, v_step.order_index, scope.attempt); end if;
     if current_setting('b2s.progress', true) = 'json' then
-      perform etl._announce(jsonb_build_array(etl._step_event('step_started', v_step)));
+      perform etl._announce((select etl._step_event('step_started', p) from etl.procedure_runs p
+                              where p.run_id = run.run_id and p.order_index = v_step.order_index and p.attempt = scope.attempt));
     end if;
   end loop;
+  if v_name is null then return false; end if;
   perform set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false);
-  return v_name is not null;
+  return true;
 end $$;
 comment on function etl._take_scope(etl.runs, etl.run_scopes) is
   'Marks the steps or the refresh of a scope running in this session and fixes windows; false when another session was faster.';
 revoke all on function etl._take_scope(etl.runs, etl.run_scopes) from public;
 
--- ended_scope: the scope whose data this session has just committed; events: what to tell about it.
--- action: run (scope_index, kind and isolation say what) or done.
-create or replace function etl._claim(run_id bigint, ended_scope int, events jsonb,
-  out action text, out scope_index int, out kind text, out isolation text)
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off
-  set plan_cache_mode = force_generic_plan as $$
+-- The next scope that can be taken, taken: past barriers and refreshes that must not happen. Null when none is left.
+create or replace function etl._take_next(run etl.runs, after_scope int) returns etl.run_scopes
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_run    etl.runs := etl._check_owner(run_id);
   v_scope  etl.run_scopes;
   v_reason text;
 begin
-  if events <> '[]' then perform etl._announce(events); end if;
-  if ended_scope is not null then perform etl._release(run_id, ended_scope); end if;
-  if v_run.cancel_requested_at is not null then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled'); end if;
   loop
-    v_scope := etl._next_scope(run_id, coalesce(ended_scope, 0));
+    v_scope := etl._next_scope(run.run_id, after_scope);
+    if v_scope.kind = 'barrier' then
+      update etl.run_scopes s set is_passed = true where s.run_id = run.run_id and s.scope_index = v_scope.scope_index;
+      perform etl._release(run.run_id, v_scope.scope_index);
+      continue;
+    end if;
+    if v_scope.kind = 'refresh' then
+      v_reason := etl._refresh_skip_reason(run.run_id, v_scope.scope_index);
+      if v_reason is not null then
+        perform etl._skip_scopes(run.run_id, array[v_scope.scope_index], v_reason);
+        continue;
+      end if;
+    end if;
+    if v_scope.scope_index is null or etl._take_scope(run, v_scope) then return v_scope; end if;
+  end loop;
+end $$;
+comment on function etl._take_next(etl.runs, int) is 'Takes the next scope of a run that is ready; null when none is left.';
+revoke all on function etl._take_next(etl.runs, int) from public;
+
+-- done: what _execute_scope or _execute_refresh returned for the scope that this session has just committed, or null.
+-- action: run (scope_index, kind and isolation say what) or done. As a rule the next scope in order is ready, so that
+-- one is tried first.
+create or replace function etl._claim(run_id bigint, done jsonb, out action text, out scope_index int, out kind text, out isolation text, out first_order_index int, out last_order_index int)
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
+  set enable_sort = off set plan_cache_mode = force_generic_plan as $$
+declare
+  v_run   etl.runs := etl._check_owner(run_id);
+  v_ended int := coalesce((done->>'scope_index')::int, 0);
+  v_event jsonb;
+  v_scope etl.run_scopes;
+begin
+  for v_event in select e from jsonb_array_elements(done->'events') e loop
+    perform etl._announce(v_event);
+  end loop;
+  if v_ended > 0 then perform etl._release(run_id, v_ended); end if;
+  if v_run.cancel_requested_at is not null then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled'); end if;
+  select * into v_scope from etl.run_scopes s where s.run_id = _claim.run_id and s.scope_index = v_ended + 1;
+  if v_scope.kind is distinct from 'steps' or v_scope.remaining_dependencies > 0 or not etl._take_scope(v_run, v_scope) then
+    v_scope := etl._take_next(v_run, v_ended);
     if v_scope.scope_index is null then
       perform etl._finish_run(v_run);
       action := 'done';
       return;
     end if;
-    if v_scope.kind = 'barrier' then
-      update etl.run_scopes s set is_passed = true where s.run_id = _claim.run_id and s.scope_index = v_scope.scope_index;
-      perform etl._release(run_id, v_scope.scope_index);
-      continue;
-    end if;
-    if v_scope.kind = 'refresh' then
-      v_reason := etl._refresh_skip_reason(run_id, v_scope.scope_index);
-      if v_reason is not null then
-        perform etl._skip_scopes(run_id, array[v_scope.scope_index], v_reason);
-        continue;
-      end if;
-    end if;
-    exit when etl._take_scope(v_run, v_scope);
-  end loop;
+  end if;
   perform set_config('synchronous_commit', 'off', true);
   action := 'run'; scope_index := v_scope.scope_index; kind := v_scope.kind; isolation := v_scope.isolation;
+  first_order_index := v_scope.first_order_index; last_order_index := v_scope.last_order_index;
 end $$;
-comment on function etl._claim(bigint, int, jsonb) is
+comment on function etl._claim(bigint, jsonb) is
   'Claims the next scope of a run for this session, or ends the run when none is left. Called by the engine only.';
-revoke all on function etl._claim(bigint, int, jsonb) from public;
-grant execute on function etl._claim(bigint, int, jsonb) to etl_operator;
+revoke all on function etl._claim(bigint, jsonb) from public;
+grant execute on function etl._claim(bigint, jsonb) to etl_operator;

@@ -12,35 +12,33 @@ revoke all on function etl._step_event(text, etl.procedure_runs, jsonb) from pub
 create or replace function etl._event_text(event jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
+  if event->>'event' = 'step_succeeded' then
+    return format('[%s] %s succeeded: %s %s in %s ms', event->>'order_index', event->>'procedure', event->>'rows_affected',
+      case event->>'rows_affected' when '1' then 'row' else 'rows' end, round((event->>'duration_ms')::numeric)) || coalesce(': ' || (event->>'warning'), '');
+  end if;
   return concat_ws(' ',
-    case when event ? 'order_index' then format('[%s]', event->>'order_index') end,
-    coalesce(event->>'procedure', event->>'mv_name', format('run %s', event->>'run_id')),
+    '[' || (event->>'order_index') || ']',
+    coalesce(event->>'procedure', event->>'mv_name', 'run ' || (event->>'run_id')),
     regexp_replace(event->>'event', '^(step|refresh|run)_', ''),
-    case when event->>'rows_affected' is not null then format('%s %s', event->>'rows_affected', case event->>'rows_affected' when '1' then 'row' else 'rows' end) end,
-    case when event->>'duration_ms' is not null then format('in %s ms', round((event->>'duration_ms')::numeric)) end,
-    case when event->>'warning' is not null then format('(%s)', event->>'warning') end)
+    'in ' || round((event->>'duration_ms')::numeric) || ' ms',
+    '(' || (event->>'warning') || ')')
     || coalesce(': ' || (event->>'error_message'), '');
 end $$;
 comment on function etl._event_text(jsonb) is 'An event as one line for people.';
 revoke all on function etl._event_text(jsonb) from public;
 
-create or replace function etl._announce(events jsonb) returns void
+create or replace function etl._announce(event jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-  v_event jsonb;
-  v_json  boolean := coalesce(current_setting('b2s.progress', true), '') = 'json';
 begin
-  for v_event in select e from jsonb_array_elements(events) e loop
-    if v_json then
-      raise notice using errcode = 'PT200', message = etl._event_text(v_event), detail = v_event::text;
-    elsif v_event->>'event' ~ 'failed|retrying|cancelled' or v_event ? 'warning' then
-      raise warning '%', etl._event_text(v_event);
-    else
-      raise notice '%', etl._event_text(v_event);
-    end if;
-    -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
-    perform pg_notify('etl', (v_event - array['error_message', 'table_counts', 'warning'])::text);
-  end loop;
+  if current_setting('b2s.progress', true) = 'json' then
+    raise notice using errcode = 'PT200', message = etl._event_text(event), detail = event::text;
+  elsif event->>'event' ~ 'failed|retrying|cancelled' or event ? 'warning' then
+    raise warning '%', etl._event_text(event);
+  else
+    raise notice '%', etl._event_text(event);
+  end if;
+  -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
+  perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning'])::text);
 end $$;
-comment on function etl._announce(jsonb) is 'Tells clients and listeners about events of a run.';
+comment on function etl._announce(jsonb) is 'Tells clients and listeners about an event of a run.';
 revoke all on function etl._announce(jsonb) from public;

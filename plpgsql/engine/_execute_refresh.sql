@@ -54,7 +54,7 @@ begin
        set status = 'succeeded', ended_at = clock_timestamp(), is_concurrent = v_done.is_concurrent, warning = v_done.warning
      where m.run_id = v_refresh.run_id and m.scope_index = v_refresh.scope_index
     returning m.* into v_refresh;
-    return jsonb_build_object('events', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('event', 'refresh_succeeded',
+    return jsonb_build_object('scope_index', scope_index, 'events', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('event', 'refresh_succeeded',
       'run_id', v_refresh.run_id, 'mv_name', v_refresh.mv_name, 'is_concurrent', v_refresh.is_concurrent,
       'duration_ms', v_refresh.duration_ms, 'warning', v_refresh.warning))));
   exception when query_canceled or assert_failure or others then

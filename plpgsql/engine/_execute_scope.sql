@@ -1,49 +1,43 @@
 -- Executing one scope: ONE subtransaction holds its steps, their row counts, checks, watermarks and outcome.
 -- The caller commits when this returns events, and rolls everything back when it returns a failure.
 
--- The steps of a scope that this session has claimed, in order. As in etl._claim, planned once and by primary key.
-create or replace function etl._claimed_steps(run_id bigint, scope_index int) returns etl.procedure_runs[]
-language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
-declare
-  v_scope etl.run_scopes;
-  v_steps etl.procedure_runs[];
+-- The steps in a range that this session has claimed and not yet executed, in order.
+create or replace function etl._claimed_steps(run_id bigint, first_order_index int, last_order_index int) returns etl.procedure_runs[]
+language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
+  set plan_cache_mode = force_generic_plan as $$
 begin
-  select * into v_scope from etl.run_scopes s where s.run_id = _claimed_steps.run_id and s.scope_index = _claimed_steps.scope_index;
-  v_steps := array(
+  return array(
     select p from etl.procedure_runs p
-     where p.run_id = v_scope.run_id and p.order_index between v_scope.first_order_index and v_scope.last_order_index
-       and p.attempt = v_scope.attempt and p.status = 'running' and p.worker_pid = pg_backend_pid()
+     where p.run_id = _claimed_steps.run_id and p.order_index between first_order_index and last_order_index
+       and p.status = 'running' and p.worker_pid = pg_backend_pid()
      order by p.order_index);
-  if v_steps = '{}' then
-    raise exception using errcode = '42501', message = format('scope %s of run %s is not claimed by this session', scope_index, run_id);
-  end if;
-  return v_steps;
 end $$;
-comment on function etl._claimed_steps(bigint, int) is 'The steps of a scope that this session has claimed. Raises 42501 if there is none.';
-revoke all on function etl._claimed_steps(bigint, int) from public;
+comment on function etl._claimed_steps(bigint, int, int) is 'The steps in a range that this session has claimed.';
+revoke all on function etl._claimed_steps(bigint, int, int) from public;
 
 -- The outcome of a step, written with its data. An index lookup even on a tiny table: a sequential scan here would
 -- make serializable scopes that run side by side fail each other.
 create or replace function etl._record_success(step etl.procedure_runs, step_started_at timestamptz, row_count bigint, changes jsonb, unmet_checks jsonb)
 returns jsonb
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 begin
   update etl.procedure_runs p
      set status = 'succeeded', started_at = step_started_at, ended_at = clock_timestamp(), rows_affected = row_count,
          table_counts = changes, warnings = unmet_checks
    where p.run_id = step.run_id and p.order_index = step.order_index and p.attempt = step.attempt
-  returning p.* into step;
-  return etl._step_event('step_succeeded', step,
-    jsonb_build_object('rows_affected', row_count, 'duration_ms', step.duration_ms, 'table_counts', changes)
+  returning p.duration_ms into step.duration_ms;
+  return jsonb_build_object('event', 'step_succeeded', 'run_id', step.run_id, 'order_index', step.order_index,
+           'procedure', step.procedure_name, 'mode', step.mode, 'tx_scope', step.tx_scope, 'attempt', step.attempt,
+           'rows_affected', row_count, 'duration_ms', step.duration_ms, 'table_counts', changes)
     || case when unmet_checks is null then '{}' else jsonb_build_object('warning', (
-         select string_agg(format('check %s found %s violation(s)', c->>'name', c->>'violations'), '; ') from jsonb_array_elements(unmet_checks) c)) end);
+         select string_agg(format('check %s found %s violation(s)', c->>'name', c->>'violations'), '; ') from jsonb_array_elements(unmet_checks) c)) end;
 end $$;
 comment on function etl._record_success(etl.procedure_runs, timestamptz, bigint, jsonb, jsonb) is
   'Writes the outcome of a step in the transaction of its data; returns the event to announce after the commit.';
 revoke all on function etl._record_success(etl.procedure_runs, timestamptz, bigint, jsonb, jsonb) from public;
 
 -- One step: settings, the routine, what it changed, checks, watermark, outcome.
-create or replace function etl._execute_step(run etl.runs, step etl.procedure_runs, inout seen jsonb, out event jsonb)
+create or replace function etl._execute_step(step etl.procedure_runs, inout seen jsonb, out event jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
@@ -54,9 +48,11 @@ declare
   v_counts     record;
   v_lock_timeout text := current_setting('lock_timeout');
 begin
-  select p.lock_timeout_ms, p.checks, l.search_path into v_settings
-    from etl.procedures p join etl.pipelines l on l.pipeline_id = run.pipeline_id
+  select p.lock_timeout_ms, p.checks, l.search_path, p.pipeline_id into v_settings
+    from etl.procedures p join etl.pipelines l on l.pipeline_id = p.pipeline_id
    where p.procedure_id = step.procedure_id;
+  -- The step is claimed by a backend of this number; that it is this very session, the run lock tells.
+  if not pg_try_advisory_xact_lock(6435443, v_settings.pipeline_id) then perform etl._fail_not_owned(step.run_id); end if;
   if v_settings.lock_timeout_ms is not null then perform set_config('lock_timeout', v_settings.lock_timeout_ms::text, true); end if;
   if v_settings.search_path <> '{}' then
     perform set_config('search_path', (select 'pg_catalog, ' || string_agg(quote_ident(s), ', ') || ', pg_temp' from unnest(v_settings.search_path) s), true);
@@ -76,41 +72,41 @@ begin
       into v_rows from jsonb_each(v_counts.changes) t;
   end if;
   if v_settings.checks <> '[]' then v_unmet := etl._run_checks(step.procedure_name, v_settings.checks); end if;
-  if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows, run.requested_by); end if;
+  if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows); end if;
   -- The next step of the group has its own.
   if v_settings.lock_timeout_ms is not null then perform set_config('lock_timeout', v_lock_timeout, true); end if;
   event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_unmet);
 end $$;
-comment on function etl._execute_step(etl.runs, etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
-revoke all on function etl._execute_step(etl.runs, etl.procedure_runs, jsonb) from public;
+comment on function etl._execute_step(etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
+revoke all on function etl._execute_step(etl.procedure_runs, jsonb) from public;
 
 -- seen: table counters before this scope. Returns {events, seen} or {failure}.
-create or replace function etl._execute_scope(run_id bigint, scope_index int, seen jsonb) returns jsonb
+create or replace function etl._execute_scope(run_id bigint, first_order_index int, last_order_index int, seen jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_run     etl.runs := etl._check_owner(run_id);
-  v_steps   etl.procedure_runs[] := etl._claimed_steps(run_id, scope_index);
+  v_steps   etl.procedure_runs[] := etl._claimed_steps(run_id, first_order_index, last_order_index);
   v_step    etl.procedure_runs;
   v_result  record;
   v_events  jsonb := '[]';
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
+  if v_steps = '{}' then perform etl._fail_not_owned(run_id); end if;
   begin
     foreach v_step in array v_steps loop
-      v_result := etl._execute_step(v_run, v_step, seen);
+      v_result := etl._execute_step(v_step, seen);
       seen := v_result.seen;
       v_events := v_events || v_result.event;
     end loop;
     set constraints all immediate;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
-    return jsonb_build_object('events', v_events, 'seen', seen);
+    return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen);
   exception when query_canceled or assert_failure or others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,
       v_hint = pg_exception_hint, v_context = pg_exception_context;
     return jsonb_build_object('failure', etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, v_step.order_index));
   end;
 end $$;
-comment on function etl._execute_scope(bigint, int, jsonb) is
+comment on function etl._execute_scope(bigint, int, int, jsonb) is
   'Executes a claimed scope inside one subtransaction; returns {events, seen} to commit or {failure} to roll back. Called by the engine only.';
-revoke all on function etl._execute_scope(bigint, int, jsonb) from public;
-grant execute on function etl._execute_scope(bigint, int, jsonb) to etl_operator;
+revoke all on function etl._execute_scope(bigint, int, int, jsonb) from public;
+grant execute on function etl._execute_scope(bigint, int, int, jsonb) to etl_operator;

@@ -26,9 +26,9 @@ begin
            then format('%s: %s', v_first.procedure_name, v_first.error_message) end
    where r.run_id = run.run_id
   returning r.* into run;
-  perform etl._announce(jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('event', 'run_' || v_status, 'run_id', run.run_id,
+  perform etl._announce(jsonb_strip_nulls(jsonb_build_object('event', 'run_' || v_status, 'run_id', run.run_id,
     'duration_ms', run.duration_ms, 'error_code', run.error_code, 'error_message', run.error_message,
-    'steps', to_jsonb(v_steps)))));
+    'steps', to_jsonb(v_steps))));
 end $$;
 comment on function etl._finish_run(etl.runs) is 'Gives a run its final status.';
 revoke all on function etl._finish_run(etl.runs) from public;

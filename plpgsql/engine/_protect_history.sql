@@ -17,7 +17,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_broken text;
 begin
-  if tg_op = 'UPDATE' and old.ended_at is not null then
+  if old.ended_at is not null then
     perform etl._fail('PT409', 'history.immutable', 'UPDATE refused: what etl.procedure_runs says has ended and cannot be changed',
       'history is kept as it happened; to correct data, start another run', '{"table": "etl.procedure_runs"}');
   end if;
@@ -39,8 +39,6 @@ revoke all on function etl._guard_attempt() from public;
 create or replace trigger an_ended_run_is_immutable before update or delete on etl.runs
   for each row when (old.ended_at is not null) execute function etl._refuse_change();
 create or replace trigger an_ended_attempt_is_immutable before update on etl.procedure_runs
-  for each row execute function etl._guard_attempt();
-create or replace trigger an_attempt_begins_as_it_may before insert on etl.procedure_runs
   for each row execute function etl._guard_attempt();
 create or replace trigger an_attempt_is_not_deleted before delete on etl.procedure_runs
   for each row when (old.ended_at is not null) execute function etl._refuse_change();

@@ -56,9 +56,9 @@ begin
        and p.attempt = scope.attempt
     returning p.*
   loop
-    perform etl._announce(jsonb_build_array(etl._step_event('step_' || v_step.status, v_step, jsonb_strip_nulls(jsonb_build_object(
+    perform etl._announce(etl._step_event('step_' || v_step.status, v_step, jsonb_strip_nulls(jsonb_build_object(
       'duration_ms', v_step.duration_ms, 'error_class', v_step.error_class, 'error_code', v_step.error_code,
-      'error_message', v_step.error_message)))));
+      'error_message', v_step.error_message))));
   end loop;
 end $$;
 comment on function etl._record_step_failure(etl.run_scopes, jsonb, text) is 'Writes the outcome of every step of a scope that was rolled back.';
@@ -85,9 +85,9 @@ begin
          error_code = failure->>'code', error_message = failure->>'message', error_hint = failure->>'hint'
    where m.run_id = scope.run_id and m.scope_index = scope.scope_index
   returning m.* into v_refresh;
-  perform etl._announce(jsonb_build_array(jsonb_build_object('event', 'refresh_' || v_refresh.status, 'run_id', v_refresh.run_id,
+  perform etl._announce(jsonb_build_object('event', 'refresh_' || v_refresh.status, 'run_id', v_refresh.run_id,
     'mv_name', v_refresh.mv_name, 'duration_ms', v_refresh.duration_ms, 'error_code', v_refresh.error_code,
-    'error_message', v_refresh.error_message)));
+    'error_message', v_refresh.error_message));
 end $$;
 comment on function etl._record_refresh_failure(etl.run_scopes, jsonb) is 'Writes the failure of a refresh; the data stays.';
 revoke all on function etl._record_refresh_failure(etl.run_scopes, jsonb) from public;

@@ -32,30 +32,34 @@ $$;
 comment on function etl._is_after(text, text, text) is 'Whether one watermark of a strategy lies after another.';
 revoke all on function etl._is_after(text, text, text) from public;
 
-create or replace function etl._fix_window(step etl.procedure_runs, as_of timestamptz) returns void
+create or replace function etl._fix_window(run etl.runs, order_index int, attempt int) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
+  v_step      etl.procedure_runs;
   v_procedure etl.procedures;
-  v_since     text := (select s.last_success_watermark from etl.state s where s.state_key = step.state_key);
+  v_since     text;
   v_until     text;
 begin
-  select * into v_procedure from etl.procedures p where p.procedure_id = step.procedure_id;
+  select * into strict v_step from etl.procedure_runs p
+   where p.run_id = run.run_id and p.order_index = _fix_window.order_index and p.attempt = _fix_window.attempt;
+  v_since := (select s.last_success_watermark from etl.state s where s.state_key = v_step.state_key);
+  select * into v_procedure from etl.procedures p where p.procedure_id = v_step.procedure_id;
   -- Steps that share a watermark share its window.
   select p.window_until into v_until from etl.procedure_runs p
-   where p.run_id = step.run_id and p.scope_index = step.scope_index and p.state_key = step.state_key and p.window_until is not null
+   where p.run_id = v_step.run_id and p.scope_index = v_step.scope_index and p.state_key = v_step.state_key and p.window_until is not null
    limit 1;
-  v_until := coalesce(v_until, etl._upper_bound(step.watermark_strategy, v_procedure.watermark_sources, v_procedure.delay_ms, as_of));
-  if etl._is_after(step.watermark_strategy, v_since, v_until) then v_until := v_since; end if;
+  v_until := coalesce(v_until, etl._upper_bound(v_step.watermark_strategy, v_procedure.watermark_sources, v_procedure.delay_ms, run.as_of));
+  if etl._is_after(v_step.watermark_strategy, v_since, v_until) then v_until := v_since; end if;
   update etl.procedure_runs p
-     set window_since = case when step.mode = 'incremental' then v_since end, window_until = v_until
-   where p.run_id = step.run_id and p.order_index = step.order_index and p.attempt = step.attempt;
+     set window_since = case when v_step.mode = 'incremental' then v_since end, window_until = v_until
+   where p.run_id = v_step.run_id and p.order_index = v_step.order_index and p.attempt = v_step.attempt;
 end $$;
-comment on function etl._fix_window(etl.procedure_runs, timestamptz) is
+comment on function etl._fix_window(etl.runs, int, int) is
   'Fixes the window of a step, in the transaction before the one that reads it. An as_of before the watermark gives an empty window.';
-revoke all on function etl._fix_window(etl.procedure_runs, timestamptz) from public;
+revoke all on function etl._fix_window(etl.runs, int, int) from public;
 
 -- Moves the watermark in the transaction that wrote the data. It must still stand where the window began.
-create or replace function etl._advance_watermark(step etl.procedure_runs, row_count bigint, requested_by text) returns void
+create or replace function etl._advance_watermark(step etl.procedure_runs, row_count bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_state etl.state;
@@ -75,9 +79,10 @@ begin
    where s.state_key = step.state_key;
   if v_state.last_success_watermark is distinct from step.window_until then
     insert into etl.state_history (state_key, old_watermark, new_watermark, run_id, cause, changed_by)
-    values (step.state_key, v_state.last_success_watermark, step.window_until, step.run_id, step.mode, requested_by);
+    values (step.state_key, v_state.last_success_watermark, step.window_until, step.run_id, step.mode,
+            (select r.requested_by from etl.runs r where r.run_id = step.run_id));
   end if;
 end $$;
-comment on function etl._advance_watermark(etl.procedure_runs, bigint, text) is
+comment on function etl._advance_watermark(etl.procedure_runs, bigint) is
   'Moves the watermark of a step to the end of its window. Raises PT409 watermark.moved if somebody else moved it.';
-revoke all on function etl._advance_watermark(etl.procedure_runs, bigint, text) from public;
+revoke all on function etl._advance_watermark(etl.procedure_runs, bigint) from public;

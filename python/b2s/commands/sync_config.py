@@ -38,7 +38,7 @@ def execute(arguments: argparse.Namespace) -> int:
             print_lines(plan_lines(plan, style()))
         applied = plan if is_look else apply_config(connection, loaded, plan)
     if arguments.json:
-        print_json({**_document(applied), "is_applied": not is_look and bool(plan.changes)})
+        print_json({**_document(applied), "is_applied": not is_look and bool(plan.changes or plan.drift)})
     else:
         print(_conclusion(plan, applied, is_look=is_look))
     return 1 if arguments.check and (plan.changes or plan.drift) else 0
@@ -69,13 +69,14 @@ def _value(value: Any) -> str:
 def _conclusion(plan: SyncPlan, applied: SyncPlan, *, is_look: bool) -> str:
     from b2s.render import plural
 
-    if not plan.changes:
-        drift = " (drifted from what was last applied)" if plan.drift else ""
-        return f"pipeline {plan.pipeline} is up to date{drift}"
-    changes = plural(len(plan.changes), "change")
+    if not plan.changes and not plan.drift:
+        return f"pipeline {plan.pipeline} is up to date"
+    what = plural(len(plan.changes), "change")
     if is_look:
-        return f"{changes} to pipeline {plan.pipeline}, not applied"
-    return f"{changes} to pipeline {plan.pipeline} applied as version {applied.version}"
+        return f"{what} to pipeline {plan.pipeline}, not applied"
+    if not plan.changes:
+        return f"pipeline {plan.pipeline} as it is now is recorded as version {applied.version}"
+    return f"{what} to pipeline {plan.pipeline} applied as version {applied.version}"
 
 
 def _document(plan: SyncPlan) -> dict[str, Any]:
