@@ -130,6 +130,8 @@ create table etl.procedure_runs (
   dependencies       jsonb not null,
   statement          text not null,
   rows_column        text,
+  pipeline_id        int not null,
+  settings           jsonb,
   watermark_strategy text,
   state_key          text,
   window_since       text,
@@ -160,6 +162,7 @@ comment on column etl.procedure_runs.scope_index is 'The transaction it belongs 
 comment on column etl.procedure_runs.dependencies is 'What the step depended on: name, whether it was part of the run, last success.';
 comment on column etl.procedure_runs.statement is
   'The statement executed: $1 mode, $2 window_since, $3 window_until, $4 run_id, $5 parameters. etl.step_history shows it with its values.';
+comment on column etl.procedure_runs.settings is 'lock_timeout_ms, search_path and checks of the step, as configured when the run was planned; null when it has none.';
 comment on column etl.procedure_runs.worker_pid is 'Backend that executes or executed the attempt.';
 comment on column etl.procedure_runs.window_since is 'Start of the window read, inclusive; null: from the beginning.';
 comment on column etl.procedure_runs.window_until is 'End of the window read, exclusive.';

@@ -12,10 +12,12 @@ declare
   v_seen    jsonb := etl._change_baseline();
   v_delay   float8;
   v_is_held boolean;
+  v_is_awaited boolean := false;
 begin
   v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
   loop
-    v_next := etl._claim(run_id, v_result);
+    v_next := etl._claim(run_id, v_result, v_is_awaited);
+    v_is_awaited := v_next.is_awaited;
     v_is_held := etl._hold(pipeline_id);
     if v_next.action = 'done' then
       commit; v_is_held := pg_catalog.pg_advisory_unlock(6435443, pipeline_id);
@@ -37,6 +39,7 @@ begin
     v_delay := etl._record_failure(run_id, v_next.scope_index, v_result->'failure');
     v_seen := etl._change_baseline();
     v_result := null;
+    v_is_awaited := false;
     v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
     while v_delay > 0 loop
       perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);

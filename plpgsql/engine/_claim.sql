@@ -113,8 +113,7 @@ begin
     end if;
   end loop;
   if v_name is null then return false; end if;
-  perform set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false);
-  return true;
+  return set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false) is not null;
 end $$;
 comment on function etl._take_scope(etl.runs, etl.run_scopes) is
   'Marks the steps or the refresh of a scope running in this session and fixes windows; false when another session was faster.';
@@ -148,21 +147,24 @@ comment on function etl._take_next(etl.runs, int) is 'Takes the next scope of a 
 revoke all on function etl._take_next(etl.runs, int) from public;
 
 -- done: what _execute_scope or _execute_refresh returned for the scope that this session has just committed, or null.
--- action: run (scope_index, kind and isolation say what) or done. As a rule the next scope in order is ready, so that
--- one is tried first.
-create or replace function etl._claim(run_id bigint, done jsonb, out action text, out scope_index int, out kind text, out isolation text, out first_order_index int, out last_order_index int)
+-- is_awaited: whether anything waits for that scope (claimed before it was run, so known here).
+-- action: run (the other columns say what) or done. As a rule the next scope in order is ready, so it is tried first.
+create or replace function etl._claim(run_id bigint, done jsonb, inout is_awaited boolean, out action text, out scope_index int, out kind text,
+  out isolation text, out first_order_index int, out last_order_index int)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
   set enable_sort = off set plan_cache_mode = force_generic_plan as $$
 declare
-  v_run   etl.runs := etl._check_owner(run_id);
-  v_ended int := coalesce((done->>'scope_index')::int, 0);
-  v_event jsonb;
-  v_scope etl.run_scopes;
+  v_run    etl.runs;
+  v_ended  int := coalesce((done->>'scope_index')::int, 0);
+  v_scope  etl.run_scopes;
+  v_is_set boolean;
 begin
-  for v_event in select e from jsonb_array_elements(done->'events') e loop
-    perform etl._announce(v_event);
+  select * into v_run from etl.runs r where r.run_id = _claim.run_id;
+  if etl._is_owner(v_run) is not true then perform etl._fail_not_owned(run_id); end if;
+  for i in 0 .. coalesce(jsonb_array_length(done->'events'), 0) - 1 loop
+    v_is_set := etl._announce(done->'events'->i);
   end loop;
-  if v_ended > 0 then perform etl._release(run_id, v_ended); end if;
+  if is_awaited then perform etl._release(run_id, v_ended); end if;
   if v_run.cancel_requested_at is not null then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled'); end if;
   select * into v_scope from etl.run_scopes s where s.run_id = _claim.run_id and s.scope_index = v_ended + 1;
   if v_scope.kind is distinct from 'steps' or v_scope.remaining_dependencies > 0 or not etl._take_scope(v_run, v_scope) then
@@ -173,11 +175,12 @@ begin
       return;
     end if;
   end if;
-  perform set_config('synchronous_commit', 'off', true);
+  v_is_set := set_config('synchronous_commit', 'off', true) is not null;
+  is_awaited := v_scope.required_by <> '{}' or v_scope.precedes <> '{}';
   action := 'run'; scope_index := v_scope.scope_index; kind := v_scope.kind; isolation := v_scope.isolation;
   first_order_index := v_scope.first_order_index; last_order_index := v_scope.last_order_index;
 end $$;
-comment on function etl._claim(bigint, jsonb) is
+comment on function etl._claim(bigint, jsonb, boolean) is
   'Claims the next scope of a run for this session, or ends the run when none is left. Called by the engine only.';
-revoke all on function etl._claim(bigint, jsonb) from public;
-grant execute on function etl._claim(bigint, jsonb) to etl_operator;
+revoke all on function etl._claim(bigint, jsonb, boolean) from public;
+grant execute on function etl._claim(bigint, jsonb, boolean) to etl_operator;

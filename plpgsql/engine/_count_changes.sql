@@ -7,18 +7,16 @@
 create or replace function etl._change_baseline() returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_tables jsonb;
+  v_tables oid[] := array(select c.oid from pg_catalog.pg_class c
+                           where c.relkind = 'r' and c.relpersistence <> 't' and c.oid >= 16384 and c.relnamespace <> 'etl'::regnamespace);
+  v_is_few boolean := cardinality(v_tables) <= 24;
 begin
-  select coalesce(jsonb_object_agg(q.oid::text, jsonb_build_array(q.i, q.u, q.d)), '{}') into v_tables
-    from (select c.oid, pg_stat_get_xact_tuples_inserted(c.oid) as i, pg_stat_get_xact_tuples_updated(c.oid) as u,
-                 pg_stat_get_xact_tuples_deleted(c.oid) as d, count(*) over () <= 24 as is_few
-            from pg_catalog.pg_class c
-           where c.relkind = 'r' and c.relpersistence <> 't' and c.oid >= 16384 and c.relnamespace <> 'etl'::regnamespace) q
-   where q.is_few or q.i + q.u + q.d > 0;
-  if (select count(*) from jsonb_object_keys(v_tables)) <= 24 then
-    v_tables := v_tables || jsonb_build_object('last_oid', (select max(c.oid)::text from pg_catalog.pg_class c));
-  end if;
-  return v_tables;
+  return (
+    select coalesce(jsonb_object_agg(q.oid::text, jsonb_build_array(q.i, q.u, q.d)), '{}')
+           || case when v_is_few then jsonb_build_object('last_oid', (select max(c.oid)::text from pg_catalog.pg_class c)) else '{}' end
+      from (select t.oid, pg_stat_get_xact_tuples_inserted(t.oid) as i, pg_stat_get_xact_tuples_updated(t.oid) as u,
+                   pg_stat_get_xact_tuples_deleted(t.oid) as d from unnest(v_tables) t(oid)) q
+     where v_is_few or q.i + q.u + q.d > 0);
 end $$;
 comment on function etl._change_baseline() is
   'The counters of tables as they stand, by oid: [inserted, updated, deleted]; with last_oid when they are all the tables there are.';

@@ -89,11 +89,15 @@ create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
-    tx_scope, isolation, parameters, dependencies, statement, rows_column, watermark_strategy, state_key)
+    tx_scope, isolation, parameters, dependencies, statement, rows_column, pipeline_id, settings, watermark_strategy, state_key)
   select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
-         i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, p.watermark_strategy, p.state_key
+         i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, p.pipeline_id,
+         nullif(jsonb_strip_nulls(jsonb_build_object('lock_timeout_ms', p.lock_timeout_ms, 'search_path', nullif(l.search_path, '{}'),
+                                                     'checks', nullif(p.checks, '[]'))), '{}'),
+         p.watermark_strategy, p.state_key
     from unnest(items) i
     join etl.procedures p using (procedure_id)
+    join etl.pipelines l using (pipeline_id)
     join etl.run_scopes s on s.run_id = _insert_steps.run_id and s.scope_index = i.scope_index
     left join etl.group_members m on m.procedure_id = p.procedure_id
     left join etl.groups g using (group_id)

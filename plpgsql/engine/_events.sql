@@ -27,7 +27,7 @@ end $$;
 comment on function etl._event_text(jsonb) is 'An event as one line for people.';
 revoke all on function etl._event_text(jsonb) from public;
 
-create or replace function etl._announce(event jsonb) returns void
+create or replace function etl._announce(event jsonb) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   if current_setting('b2s.progress', true) = 'json' then
@@ -39,6 +39,7 @@ begin
   end if;
   -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
   perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning'])::text);
+  return true;
 end $$;
 comment on function etl._announce(jsonb) is 'Tells clients and listeners about an event of a run.';
 revoke all on function etl._announce(jsonb) from public;

@@ -36,45 +36,43 @@ comment on function etl._record_success(etl.procedure_runs, timestamptz, bigint,
   'Writes the outcome of a step in the transaction of its data; returns the event to announce after the commit.';
 revoke all on function etl._record_success(etl.procedure_runs, timestamptz, bigint, jsonb, jsonb) from public;
 
+-- What a step may set for itself, until the end of its transaction.
+create or replace function etl._apply_settings(settings jsonb) returns void
+language plpgsql volatile as $$
+begin
+  if settings ? 'lock_timeout_ms' then perform pg_catalog.set_config('lock_timeout', settings->>'lock_timeout_ms', true); end if;
+  if settings ? 'search_path' then
+    perform pg_catalog.set_config('search_path', (
+      select 'pg_catalog, ' || pg_catalog.string_agg(pg_catalog.quote_ident(s), ', ') || ', pg_temp'
+        from pg_catalog.jsonb_array_elements_text(settings->'search_path') s), true);
+  end if;
+end $$;
+comment on function etl._apply_settings(jsonb) is
+  'Sets lock_timeout and search_path for a step. Pins no search_path itself, or what it sets would end with it.';
+revoke all on function etl._apply_settings(jsonb) from public;
+
 -- One step: settings, the routine, what it changed, checks, watermark, outcome.
 create or replace function etl._execute_step(step etl.procedure_runs, inout seen jsonb, out event jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
-  v_settings   record;
   v_result     record;
   v_rows       bigint;
   v_unmet      jsonb;
   v_counts     record;
-  v_lock_timeout text := current_setting('lock_timeout');
 begin
-  select p.lock_timeout_ms, p.checks, l.search_path, p.pipeline_id into v_settings
-    from etl.procedures p join etl.pipelines l on l.pipeline_id = p.pipeline_id
-   where p.procedure_id = step.procedure_id;
-  -- The step is claimed by a backend of this number; that it is this very session, the run lock tells.
-  if not pg_try_advisory_xact_lock(6435443, v_settings.pipeline_id) then perform etl._fail_not_owned(step.run_id); end if;
-  if v_settings.lock_timeout_ms is not null then perform set_config('lock_timeout', v_settings.lock_timeout_ms::text, true); end if;
-  if v_settings.search_path <> '{}' then
-    perform set_config('search_path', (select 'pg_catalog, ' || string_agg(quote_ident(s), ', ') || ', pg_temp' from unnest(v_settings.search_path) s), true);
-  end if;
-  -- A procedure without output arguments has nothing that INTO could take.
-  if step.rows_column is null then
-    execute step.statement using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
-  else
-    execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
-  end if;
-  if v_settings.search_path <> '{}' then perform set_config('search_path', 'pg_catalog, pg_temp', true); end if;
+  if step.settings is not null then perform etl._apply_settings(step.settings); end if;
+  execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
+  if step.settings ? 'search_path' then perform set_config('search_path', 'pg_catalog, pg_temp', true); end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
-  if step.rows_column is not null then v_rows := (to_jsonb(v_result)->>step.rows_column)::numeric; end if;
+  if step.rows_column is not null then v_rows := (to_jsonb(v_result)->>step.rows_column)::bigint; end if;
   if v_rows is null then
     select coalesce(sum((t.value->>'inserted')::bigint + (t.value->>'updated')::bigint + (t.value->>'deleted')::bigint), 0)
       into v_rows from jsonb_each(v_counts.changes) t;
   end if;
-  if v_settings.checks <> '[]' then v_unmet := etl._run_checks(step.procedure_name, v_settings.checks); end if;
+  if step.settings ? 'checks' then v_unmet := etl._run_checks(step.procedure_name, step.settings->'checks'); end if;
   if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows); end if;
-  -- The next step of the group has its own.
-  if v_settings.lock_timeout_ms is not null then perform set_config('lock_timeout', v_lock_timeout, true); end if;
   event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_unmet);
 end $$;
 comment on function etl._execute_step(etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
@@ -90,7 +88,8 @@ declare
   v_events  jsonb := '[]';
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
-  if v_steps = '{}' then perform etl._fail_not_owned(run_id); end if;
+  -- They are claimed by a backend of this number; that it is this very session, the run lock tells.
+  if v_steps = '{}' or not pg_try_advisory_xact_lock(6435443, v_steps[1].pipeline_id) then perform etl._fail_not_owned(run_id); end if;
   begin
     foreach v_step in array v_steps loop
       v_result := etl._execute_step(v_step, seen);

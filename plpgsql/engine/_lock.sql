@@ -69,18 +69,20 @@ end $$;
 comment on function etl._fail_not_owned(bigint) is 'Raises 42501 run.not_owned.';
 revoke all on function etl._fail_not_owned(bigint) from public;
 
+create or replace function etl._is_owner(run etl.runs) returns boolean
+language sql volatile
+return run.status = 'running' and run.worker_pid = pg_backend_pid() and pg_try_advisory_xact_lock(6435443, run.pipeline_id);
+comment on function etl._is_owner(etl.runs) is 'Whether this very session executes a run: it is the recorded worker and holds the run lock.';
+revoke all on function etl._is_owner(etl.runs) from public;
+
 create or replace function etl._check_owner(run_id bigint) returns etl.runs
 language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
 declare
   v_run etl.runs;
 begin
   select * into v_run from etl.runs r where r.run_id = _check_owner.run_id;
-  if v_run.status = 'running' and v_run.worker_pid = pg_backend_pid()
-     and pg_try_advisory_xact_lock(6435443, v_run.pipeline_id) then
-    return v_run;
-  end if;
-  perform etl._fail_not_owned(run_id);
-  return null;
+  if etl._is_owner(v_run) is not true then perform etl._fail_not_owned(run_id); end if;
+  return v_run;
 end $$;
 comment on function etl._check_owner(bigint) is
   'The run, if this very session executes it: it holds the run lock and is the recorded worker. Else raises 42501.';
