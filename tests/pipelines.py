@@ -171,7 +171,7 @@ class Pipeline:
     def __init__(self, db: Database, name: str = "bronze_to_silver") -> None:
         self.db = db
         self.name = name
-        self.conn = db.connect()
+        self.conn = db.connect(options="-c statement_timeout=60s")
         self.procedures: list[Row] = []
         self._roles: list[str] = []
         if self.value("select to_regnamespace('silver') is null"):

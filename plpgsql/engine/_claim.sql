@@ -3,7 +3,8 @@
 --
 -- etl._claim turns off every plan but the index scan, and replanning, for all that it calls: every statement here is a
 -- primary-key access, planned once per session. Left alone, the server plans some anew for every step (200 us), or sorts a
--- whole run, of which it has no statistics yet, to find the next scope (2,000 us).
+-- whole run, of which it has no statistics yet, to find the next scope (2,000 us). jit is off wherever a kind of plan is, as
+-- the server takes the penalty for a large query.
 
 -- A scope that ended frees those that wait for it.
 create or replace function etl._release(run_id bigint, scope_index int) returns void
@@ -152,7 +153,7 @@ revoke all on function etl._take_next(etl.runs, int) from public;
 create or replace function etl._claim(run_id bigint, done jsonb, inout is_awaited boolean, out action text, out scope_index int, out kind text,
   out isolation text, out first_order_index int, out last_order_index int)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
-  set enable_sort = off set plan_cache_mode = force_generic_plan as $$
+  set enable_sort = off set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
   v_run    etl.runs;
   v_ended  int := coalesce((done->>'scope_index')::int, 0);

@@ -12,54 +12,65 @@ declare
   v_is_few boolean := cardinality(v_tables) <= 24;
 begin
   return (
-    select coalesce(jsonb_object_agg(q.oid::text, jsonb_build_array(q.i, q.u, q.d)), '{}')
-           || case when v_is_few then jsonb_build_object('last_oid', (select max(c.oid)::text from pg_catalog.pg_class c)) else '{}' end
+    select jsonb_build_object('last_oid', case when v_is_few then (select c.oid::bigint from pg_catalog.pg_class c order by c.oid desc limit 1) end,
+             'tables', coalesce(jsonb_object_agg(q.oid::text, jsonb_build_array(etl._table_name(q.oid), q.i, q.u, q.d)), '{}'))
       from (select t.oid, pg_stat_get_xact_tuples_inserted(t.oid) as i, pg_stat_get_xact_tuples_updated(t.oid) as u,
                    pg_stat_get_xact_tuples_deleted(t.oid) as d from unnest(v_tables) t(oid)) q
      where v_is_few or q.i + q.u + q.d > 0);
 end $$;
 comment on function etl._change_baseline() is
-  'The counters of tables as they stand, by oid: [inserted, updated, deleted]; with last_oid when they are all the tables there are.';
+  'The counters of tables as they stand, by oid: [name, inserted, updated, deleted]; with last_oid when these are all tables there are.';
 revoke all on function etl._change_baseline() from public;
 grant execute on function etl._change_baseline() to etl_operator;
+
+-- Null for the engine's own tables, for temporary ones, and for one that the step itself has dropped.
+create or replace function etl._table_name(relation oid) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select format('%I.%I', n.nspname, c.relname)
+    from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+   where c.oid = relation and c.relkind = 'r' and c.relpersistence <> 't' and n.nspname <> 'etl'
+$$;
+comment on function etl._table_name(oid) is 'The qualified name of a table whose changes count, else null.';
+revoke all on function etl._table_name(oid) from public;
+
+-- The tables that this transaction holds a write lock on.
+create or replace function etl._written_tables() returns oid[]
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select coalesce(array_agg(distinct l.relation), '{}') from pg_catalog.pg_locks l
+   where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.relation >= 16384
+     and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+$$;
+comment on function etl._written_tables() is 'Relations on which this transaction holds a lock for writing.';
+revoke all on function etl._written_tables() from public;
 
 create or replace function etl._count_changes(inout seen jsonb, out changes jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
 declare
   v_tables oid[];
-  v_table record;
-  v_now   jsonb;
-  v_old   jsonb;
-  v_name  text;
+  v_table  record;
+  v_old    jsonb;
+  v_name   text;
 begin
   changes := '{}';
-  if seen->>'last_oid' = (select max(c.oid)::text from pg_catalog.pg_class c) then
-    v_tables := array(select k.key::oid from jsonb_object_keys(seen) k(key) where k.key <> 'last_oid');
-  else
-    v_tables := array(
-      select l.relation from pg_catalog.pg_locks l
-       where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.relation >= 16384
-         and l.mode in ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'));
+  if (seen->'last_oid')::text is distinct from (select c.oid::text from pg_catalog.pg_class c order by c.oid desc limit 1) then
+    v_tables := etl._written_tables();
+    seen := jsonb_set(seen, '{tables}', (select coalesce(jsonb_object_agg(t.oid::text, '[null, 0, 0, 0]'::jsonb), '{}') from unnest(v_tables) t(oid)) || (seen->'tables'));
   end if;
   for v_table in
-    select q.oid, q.i, q.u, q.d
-      from (select t.oid, pg_stat_get_xact_tuples_inserted(t.oid) as i, pg_stat_get_xact_tuples_updated(t.oid) as u,
-                   pg_stat_get_xact_tuples_deleted(t.oid) as d from unnest(v_tables) t(oid)) q
-     where q.i + q.u + q.d > 0 or seen ? q.oid::text
+    select q.* from (
+      select k.key, k.value as old, pg_stat_get_xact_tuples_inserted(k.key::oid) as i, pg_stat_get_xact_tuples_updated(k.key::oid) as u,
+             pg_stat_get_xact_tuples_deleted(k.key::oid) as d
+        from jsonb_each(seen->'tables') k where v_tables is null or k.key::oid = any (v_tables)) q
+     where q.i <> (q.old->>1)::bigint or q.u <> (q.old->>2)::bigint or q.d <> (q.old->>3)::bigint
   loop
-    v_now := jsonb_build_array(v_table.i, v_table.u, v_table.d);
-    v_old := coalesce(seen->v_table.oid::text, '[0, 0, 0]');
-    continue when v_old = v_now;
-    seen := seen || jsonb_build_object(v_table.oid::text, v_now);
-    -- Neither the engine's own tables, nor temporary ones, nor one that the step itself has dropped.
-    select format('%I.%I', n.nspname, c.relname) into v_name
-      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-     where c.oid = v_table.oid and c.relkind = 'r' and c.relpersistence <> 't' and n.nspname <> 'etl';
+    v_old := v_table.old;
+    v_name := coalesce(v_old->>0, etl._table_name(v_table.key::oid));
+    seen := jsonb_set(seen, array['tables', v_table.key], jsonb_build_array(v_name, v_table.i, v_table.u, v_table.d));
     continue when v_name is null;
     -- TRUNCATE takes back what the transaction had counted before it: then the count since is all there is.
-    if v_table.i < (v_old->>0)::bigint or v_table.u < (v_old->>1)::bigint or v_table.d < (v_old->>2)::bigint then v_old := '[0, 0, 0]'; end if;
-    changes := changes || jsonb_build_object(v_name, jsonb_build_object('inserted', v_table.i - (v_old->>0)::bigint,
-      'updated', v_table.u - (v_old->>1)::bigint, 'deleted', v_table.d - (v_old->>2)::bigint));
+    if v_table.i < (v_old->>1)::bigint or v_table.u < (v_old->>2)::bigint or v_table.d < (v_old->>3)::bigint then v_old := '[null, 0, 0, 0]'; end if;
+    changes := changes || jsonb_build_object(v_name, jsonb_build_object('inserted', v_table.i - (v_old->>1)::bigint,
+      'updated', v_table.u - (v_old->>2)::bigint, 'deleted', v_table.d - (v_old->>3)::bigint));
   end loop;
 end $$;
 comment on function etl._count_changes(jsonb) is 'Rows inserted, updated and deleted per table since the counters given; and the counters now.';

@@ -35,7 +35,7 @@ comment on function etl._plan_edges(etl.plan_item[]) is 'Edges among the scopes 
 revoke all on function etl._plan_edges(etl.plan_item[]) from public;
 
 create or replace function etl._insert_scopes(run_id bigint, items etl.plan_item[]) returns void
-language sql volatile set search_path = pg_catalog, pg_temp as $$
+language sql volatile set search_path = pg_catalog, pg_temp set enable_nestloop = off set jit = off as $$
   with edges as materialized (
     select * from etl._plan_edges(items)
   ), outgoing as (
@@ -85,8 +85,9 @@ comment on function etl._last_success_at(int) is 'When a procedure last succeede
 revoke all on function etl._last_success_at(int) from public;
 grant execute on function etl._last_success_at(int) to etl_reader;
 
+-- Without nested loops: the server takes the items for a handful, whatever their number.
 create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[]) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_nestloop = off set jit = off as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, pipeline_id, settings, watermark_strategy, state_key)

@@ -4,7 +4,7 @@
 -- The steps in a range that this session has claimed and not yet executed, in order.
 create or replace function etl._claimed_steps(run_id bigint, first_order_index int, last_order_index int) returns etl.procedure_runs[]
 language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
-  set plan_cache_mode = force_generic_plan as $$
+  set plan_cache_mode = force_generic_plan set jit = off as $$
 begin
   return array(
     select p from etl.procedure_runs p
@@ -19,18 +19,23 @@ revoke all on function etl._claimed_steps(bigint, int, int) from public;
 -- make serializable scopes that run side by side fail each other.
 create or replace function etl._record_success(step etl.procedure_runs, step_started_at timestamptz, row_count bigint, changes jsonb, unmet_checks jsonb)
 returns jsonb
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
+declare
+  v_event jsonb;
 begin
   update etl.procedure_runs p
      set status = 'succeeded', started_at = step_started_at, ended_at = clock_timestamp(), rows_affected = row_count,
          table_counts = changes, warnings = unmet_checks
    where p.run_id = step.run_id and p.order_index = step.order_index and p.attempt = step.attempt
   returning p.duration_ms into step.duration_ms;
-  return jsonb_build_object('event', 'step_succeeded', 'run_id', step.run_id, 'order_index', step.order_index,
-           'procedure', step.procedure_name, 'mode', step.mode, 'tx_scope', step.tx_scope, 'attempt', step.attempt,
-           'rows_affected', row_count, 'duration_ms', step.duration_ms, 'table_counts', changes)
-    || case when unmet_checks is null then '{}' else jsonb_build_object('warning', (
-         select string_agg(format('check %s found %s violation(s)', c->>'name', c->>'violations'), '; ') from jsonb_array_elements(unmet_checks) c)) end;
+  v_event := jsonb_build_object('event', 'step_succeeded', 'run_id', step.run_id, 'order_index', step.order_index,
+    'procedure', step.procedure_name, 'mode', step.mode, 'tx_scope', step.tx_scope, 'attempt', step.attempt,
+    'rows_affected', row_count, 'duration_ms', step.duration_ms, 'table_counts', changes);
+  if unmet_checks is not null then
+    v_event := v_event || jsonb_build_object('warning', (
+      select string_agg(format('check %s found %s violation(s)', c->>'name', c->>'violations'), '; ') from jsonb_array_elements(unmet_checks) c));
+  end if;
+  return v_event;
 end $$;
 comment on function etl._record_success(etl.procedure_runs, timestamptz, bigint, jsonb, jsonb) is
   'Writes the outcome of a step in the transaction of its data; returns the event to announce after the commit.';

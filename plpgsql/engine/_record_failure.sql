@@ -95,7 +95,7 @@ revoke all on function etl._record_refresh_failure(etl.run_scopes, jsonb) from p
 
 -- Returns the milliseconds to wait before the scope is claimed again, or null: the run goes on with what is left.
 create or replace function etl._record_failure(run_id bigint, scope_index int, failure jsonb) returns float8
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
   v_run   etl.runs := etl._check_owner(run_id);
   v_scope etl.run_scopes;
