@@ -32,6 +32,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._table_name(oid) is 'The qualified name of a table whose changes count, else null.';
 revoke all on function etl._table_name(oid) from public;
+grant execute on function etl._table_name(oid) to etl_operator;
 
 -- The tables that this transaction holds a write lock on.
 create or replace function etl._written_tables() returns oid[]

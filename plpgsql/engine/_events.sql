@@ -13,8 +13,9 @@ create or replace function etl._event_text(event jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if event->>'event' = 'step_succeeded' then
-    return format('[%s] %s succeeded: %s %s in %s ms', event->>'order_index', event->>'procedure', event->>'rows_affected',
-      case event->>'rows_affected' when '1' then 'row' else 'rows' end, round((event->>'duration_ms')::numeric)) || coalesce(': ' || (event->>'warning'), '');
+    return format('[%s] %s succeeded %s %s in %s ms', event->>'order_index', event->>'procedure', event->>'rows_affected',
+      case event->>'rows_affected' when '1' then 'row' else 'rows' end, round((event->>'duration_ms')::numeric))
+      || coalesce(' (' || (event->>'warning') || ')', '');
   end if;
   return concat_ws(' ',
     '[' || (event->>'order_index') || ']',

@@ -67,11 +67,16 @@ declare
   v_counts     record;
 begin
   if step.settings is not null then perform etl._apply_settings(step.settings); end if;
-  execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
+  -- A procedure without output returns no row to put anywhere.
+  if step.rows_column is null then
+    execute step.statement using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
+  else
+    execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
+  end if;
   if step.settings ? 'search_path' then perform set_config('search_path', 'pg_catalog, pg_temp', true); end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
-  if step.rows_column is not null then v_rows := (to_jsonb(v_result)->>step.rows_column)::bigint; end if;
+  if step.rows_column is not null then v_rows := (to_jsonb(v_result)->>step.rows_column)::numeric; end if;
   if v_rows is null then
     select coalesce(sum((t.value->>'inserted')::bigint + (t.value->>'updated')::bigint + (t.value->>'deleted')::bigint), 0)
       into v_rows from jsonb_each(v_counts.changes) t;
