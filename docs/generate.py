@@ -163,6 +163,8 @@ def _number(schema: Mapping[str, Any]) -> str:
     kind = "whole number" if schema["type"] == "integer" else "number"
     if low is None or low < -(2**31):
         return kind
+    if low == high:
+        return f"`{low}`"
     return f"{kind} {low} to {high}" if high is not None and high < 2**31 - 1 else f"{kind} from {low}"
 
 

@@ -7,12 +7,13 @@
 create or replace procedure etl._walk(run_id bigint, pipeline_id int)
 language plpgsql as $$
 declare
-  v_next    record;
-  v_result  jsonb;
-  v_seen    jsonb := etl._change_baseline();
-  v_delay   float8;
-  v_is_held boolean;
-  v_is_awaited boolean := false;
+  v_next         record;
+  v_result       jsonb;
+  v_seen         jsonb := etl._change_baseline();
+  v_delay        float8;
+  v_interruption text;
+  v_is_held      boolean;
+  v_is_awaited   boolean := false;
 begin
   v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
   loop
@@ -42,8 +43,12 @@ begin
     v_is_awaited := false;
     v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
     while v_delay > 0 loop
-      perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
-      v_delay := v_delay - 500;
+      v_interruption := null;
+      begin
+        perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
+      exception when query_canceled then v_interruption := sqlerrm;
+      end;
+      v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500 end;
       v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
     end loop;
   end loop;

@@ -61,6 +61,7 @@ create or replace function etl._execute_step(step etl.procedure_runs, inout seen
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
+  v_timeout    text := current_setting('lock_timeout');
   v_result     record;
   v_rows       bigint;
   v_unmet      jsonb;
@@ -73,7 +74,9 @@ begin
   else
     execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
   end if;
-  if step.settings ? 'search_path' then perform set_config('search_path', 'pg_catalog, pg_temp', true); end if;
+  if step.settings is not null then
+    perform set_config('search_path', 'pg_catalog, pg_temp', true), set_config('lock_timeout', v_timeout, true);
+  end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
   if step.rows_column is not null then v_rows := (to_jsonb(v_result)->>step.rows_column)::numeric; end if;
