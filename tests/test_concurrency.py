@@ -306,12 +306,13 @@ def test_a_reader_can_read_and_plan(pipeline: Pipeline) -> None:
 ANY_CALLER: frozenset[str] = frozenset({
     "_change_baseline", "_request", "_run_status", "_requester", "_is_alive", "_hold", "_rehold",
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
+    "_table_name",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock that is the caller's own."""
 
 OUT_OF_TURN = {
-    "_claim": "select etl._claim({run_id}, null, '[]')",
-    "_execute_scope": "select etl._execute_scope({run_id}, 1, '{{}}')",
+    "_claim": "select etl._claim({run_id}, null, false)",
+    "_execute_scope": "select etl._execute_scope({run_id}, 1, 1, '{{}}')",
     "_execute_refresh": "select etl._execute_refresh({run_id}, 1)",
     "_record_failure": "select etl._record_failure({run_id}, 1, '{{}}')",
     "_is_cancelled": "select etl._is_cancelled({run_id}, 'x')",
@@ -373,7 +374,7 @@ def test_nobody_else_can_walk_an_active_run(waiting: Pipeline) -> None:
             0,
         )
         before = snapshot(waiting)
-        with refused("55P03"):
+        with refused("42501", "run.not_owned"):
             attacker.execute("call etl._walk(%s, %s)", [run_id, pipeline_id])
         with refused("42501", "run.not_owned"):
             attacker.execute("call etl._walk(%s, %s)", [run_id, pipeline_id + 1])
