@@ -53,6 +53,10 @@ format: $(DEVELOPED) ## Format the code and apply the safe fixes
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
+.PHONY: docs
+docs: $(DEVELOPED) ## Write the generated parts of docs/ anew (ARGS=--check only looks)
+	@$(BIN)/python -m docs.generate $(ARGS)
+
 .PHONY: bench
 bench: $(DEVELOPED) ## Run the measurements of tests/bench (BENCH=overhead for one, ARGS=--help)
 	@for bench in $(BENCH); do echo "== $$bench"; $(BIN)/python -m tests.bench.$$bench $(ARGS); done

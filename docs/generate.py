@@ -1,7 +1,7 @@
 """Writes the generated parts of the documentation: `make docs`, or python docs/generate.py [--dsn DSN].
 
 sql-reference.md comes whole from the comments in the database, the tables of configuration.md from the JSON
-Schema of transformations.yaml. Without --dsn a private server is started, b2s installed into it, and both removed.
+Schema of transformations.yaml. Without --dsn a private server is started and removed again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INTRODUCTION: Final = """\
 What a person or a program may use in schema `etl`, with the comments that the database itself carries
 (`\\df+ etl.*`, `\\d+ etl.runs`). This page is generated from them: `make docs`.
 
-Routines whose name begins with an underscore belong to the engine. They are guarded, and no use to anybody else.
+Routines whose name begins with an underscore belong to the engine; they are guarded, and of no use by hand.
 Arguments are passed by name (`mode => 'full'`); their names do not change between releases.
 How a call is refused: [errors.md](errors.md). How runs behave: [runs.md](runs.md).
 """
@@ -155,7 +155,7 @@ def _value(schema: Mapping[str, Any]) -> str:
         return _number(schema)
     if "ms|s|h|d" in schema.get("pattern", ""):
         return "duration"
-    return _NAMES.get(schema.get("pattern", ""), schema.get("type", "any"))
+    return _NAMES.get(schema.get("pattern", ""), str(schema.get("type", "any")))
 
 
 def _number(schema: Mapping[str, Any]) -> str:
@@ -184,13 +184,17 @@ def main() -> int:
     """Writes both pages; with --check only says (exit code 1) that they are out of date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dsn", help="a database that b2s is installed in; default: a private server")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when something is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when something is out of date"
+    )
     arguments = parser.parse_args()
     wanted = {
         SQL_REFERENCE: _from_database(arguments.dsn),
         CONFIGURATION: configuration(CONFIGURATION.read_text(encoding="utf-8")),
     }
-    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     for path in stale:
         print(f"{path.name} {'is out of date' if arguments.check else 'written'}", file=sys.stderr)
         if not arguments.check:

@@ -112,8 +112,8 @@ comment on column etl.run_scopes.precedes is 'Scopes that only have to come late
 
 -- No foreign key: rows are written together with their run, and runs and procedures are never deleted under them.
 -- No check constraint and no generated column here: this table is updated twice per step, and each update parses every
--- one of them anew (48 us for four, more than the update itself). One trigger holds the invariants, names them, and
--- computes duration_ms: plpgsql/engine/_protect_history.sql.
+-- one of them anew (48 us for four, more than the update itself). A trigger holds the invariants and names them:
+-- plpgsql/engine/_protect_history.sql.
 create table etl.procedure_runs (
   run_id             bigint not null,
   order_index        int not null,

@@ -25,7 +25,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 443e0f38d79a9f5ce07ee2eb2f5e73f1981cc67aac00b804430806c63bb445f4
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 745bf482a8eb738b6d5208eefdea0d202cf93a752a206eb3f8908e80c9de9e0c
+\set sha256 92afeb0fd1e4dda3e99ec7a35c64a581704cbaa8492a65feb6e42654ffd58cfc
 \ir install/migration.sql
 
 -- Engine

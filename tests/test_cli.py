@@ -22,6 +22,7 @@ from psycopg import conninfo, sql
 from b2s import __version__
 from b2s.cli import COMMANDS, main
 from b2s.render import Column, Style, duration, table
+from b2s.runview import next_steps
 from b2s.selection import request_of
 from tests.servers import Connection, Database, wait_until, wheel
 
@@ -1089,3 +1090,11 @@ def test_the_selection_of_run_and_plan_has_every_argument_of_start_run(cli: Cli,
         query = "select proargnames from pg_proc where oid::regproc::text = 'etl.start_run'"
         (names,) = conn.execute(query).fetchall()[0]
     assert set(request_of(arguments, {})) == set(names) - {"dry_run", "run_id", "status"}
+
+
+def test_the_next_command_names_a_pipeline_that_is_not_the_default_one() -> None:
+    step = {"order_index": 1, "attempt": 1, "procedure": "silver.a", "status": "failed"}
+    run = {"run_id": 1, "pipeline": "sales", "status": "failed", "is_dead": False, "steps": [step]}
+    expected = "silver.a    once the cause is repaired"
+    assert next_steps(run) == [f"b2s run --pipeline sales {expected}"]
+    assert next_steps({**run, "pipeline": "bronze_to_silver"}) == [f"b2s run {expected}"]

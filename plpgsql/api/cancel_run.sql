@@ -74,8 +74,10 @@ grant execute on function etl._signal_worker(bigint) to etl_operator;
 create or replace function etl._is_cancelled(run_id bigint, interruption text) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_run etl.runs := etl._check_owner(run_id);
+  v_run etl.runs;
 begin
+  if interruption is not null then perform etl._absorb_signal(); end if;
+  v_run := etl._check_owner(run_id);
   if v_run.cancel_requested_at is null and interruption is not null then
     update etl.runs r set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = interruption
      where r.run_id = _is_cancelled.run_id and r.cancel_requested_at is null;

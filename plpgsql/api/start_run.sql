@@ -7,20 +7,18 @@
 create or replace procedure etl._walk(run_id bigint, pipeline_id int)
 language plpgsql as $$
 declare
-  v_next         record;
+  v_next         etl.run_scopes;
   v_result       jsonb;
   v_seen         jsonb := etl._change_baseline();
   v_delay        float8;
   v_interruption text;
   v_is_held      boolean;
-  v_is_awaited   boolean := false;
 begin
   v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
   loop
-    v_next := etl._claim(run_id, v_result, v_is_awaited);
-    v_is_awaited := v_next.is_awaited;
+    v_next := etl._claim(run_id, v_result, v_next.required_by <> '{}' or v_next.precedes <> '{}');
     v_is_held := etl._hold(pipeline_id);
-    if v_next.action = 'done' then
+    if v_next.scope_index is null then
       commit; v_is_held := pg_catalog.pg_advisory_unlock(6435443, pipeline_id);
       return;
     end if;
@@ -40,7 +38,7 @@ begin
     v_delay := etl._record_failure(run_id, v_next.scope_index, v_result->'failure');
     v_seen := etl._change_baseline();
     v_result := null;
-    v_is_awaited := false;
+    v_next := null;
     v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
     while v_delay > 0 loop
       v_interruption := null;

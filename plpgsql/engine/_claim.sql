@@ -88,31 +88,46 @@ $$;
 comment on function etl._refresh_skip_reason(bigint, int) is 'upstream_failed when a refresh must be skipped, else null.';
 revoke all on function etl._refresh_skip_reason(bigint, int) from public;
 
+-- What the start of a scope's steps brings with it: windows, and news for clients that follow.
+create or replace function etl._open_steps(run etl.runs, scope etl.run_scopes) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_step etl.procedure_runs;
+begin
+  for v_step in
+    select * from etl.procedure_runs p
+     where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt
+     order by p.order_index
+  loop
+    if v_step.watermark_strategy is not null and v_step.window_until is null then
+      perform etl._fix_window(run, v_step.order_index, scope.attempt);
+    end if;
+    if current_setting('b2s.progress', true) = 'json' then perform etl._announce(etl._step_event('step_started', v_step)); end if;
+  end loop;
+end $$;
+comment on function etl._open_steps(etl.runs, etl.run_scopes) is 'Fixes the windows of the steps of a scope and announces them to clients that follow.';
+revoke all on function etl._open_steps(etl.runs, etl.run_scopes) from public;
+
 -- Takes a scope for this session. Another session may have taken it since it was seen pending: then nothing is updated.
 create or replace function etl._take_scope(run etl.runs, scope etl.run_scopes) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_step record;
-  v_name text;
+  v_name       text;
+  v_has_window boolean;
 begin
   if scope.kind = 'refresh' then
     update etl.mv_refreshes m set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
      where m.run_id = run.run_id and m.scope_index = scope.scope_index and m.status = 'pending'
     returning m.mv_name into v_name;
+  else
+    with taken as (
+      update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
+       where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
+         and p.attempt = scope.attempt and p.status = 'pending'
+      returning p.procedure_name, p.watermark_strategy)
+    select max(t.procedure_name), count(t.watermark_strategy) > 0 into v_name, v_has_window from taken t;
+    if v_has_window or current_setting('b2s.progress', true) = 'json' then perform etl._open_steps(run, scope); end if;
   end if;
-  for v_step in
-    update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
-     where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
-       and p.attempt = scope.attempt and p.status = 'pending'
-    returning p.order_index, p.procedure_name, p.watermark_strategy is not null and p.window_until is null as has_window
-  loop
-    v_name := v_step.procedure_name;
-    if v_step.has_window then perform etl._fix_window(run, v_step.order_index, scope.attempt); end if;
-    if current_setting('b2s.progress', true) = 'json' then
-      perform etl._announce((select etl._step_event('step_started', p) from etl.procedure_runs p
-                              where p.run_id = run.run_id and p.order_index = v_step.order_index and p.attempt = scope.attempt));
-    end if;
-  end loop;
   if v_name is null then return false; end if;
   return set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false) is not null;
 end $$;
@@ -148,10 +163,9 @@ comment on function etl._take_next(etl.runs, int) is 'Takes the next scope of a 
 revoke all on function etl._take_next(etl.runs, int) from public;
 
 -- done: what _execute_scope or _execute_refresh returned for the scope that this session has just committed, or null.
--- is_awaited: whether anything waits for that scope (claimed before it was run, so known here).
--- action: run (the other columns say what) or done. As a rule the next scope in order is ready, so it is tried first.
-create or replace function etl._claim(run_id bigint, done jsonb, inout is_awaited boolean, out action text, out scope_index int, out kind text,
-  out isolation text, out first_order_index int, out last_order_index int)
+-- is_awaited: whether anything waits for that scope. Null when the run has ended. As a rule the next scope in order is
+-- ready, so it is tried first.
+create or replace function etl._claim(run_id bigint, done jsonb, is_awaited boolean) returns etl.run_scopes
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
   set enable_sort = off set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
@@ -167,21 +181,17 @@ begin
   end loop;
   if is_awaited then perform etl._release(run_id, v_ended); end if;
   if v_run.cancel_requested_at is not null then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled'); end if;
-  select * into v_scope from etl.run_scopes s where s.run_id = _claim.run_id and s.scope_index = v_ended + 1;
-  if v_scope.kind is distinct from 'steps' or v_scope.remaining_dependencies > 0 or not etl._take_scope(v_run, v_scope) then
-    v_scope := etl._take_next(v_run, v_ended);
-    if v_scope.scope_index is null then
-      perform etl._finish_run(v_run);
-      action := 'done';
-      return;
-    end if;
+  select * into v_scope from etl.run_scopes s
+   where s.run_id = _claim.run_id and s.scope_index = v_ended + 1 and s.kind = 'steps' and s.remaining_dependencies = 0;
+  if not found or not etl._take_scope(v_run, v_scope) then v_scope := etl._take_next(v_run, v_ended); end if;
+  if v_scope.scope_index is null then
+    perform etl._finish_run(v_run);
+  else
+    v_is_set := set_config('synchronous_commit', 'off', true) is not null;
   end if;
-  v_is_set := set_config('synchronous_commit', 'off', true) is not null;
-  is_awaited := v_scope.required_by <> '{}' or v_scope.precedes <> '{}';
-  action := 'run'; scope_index := v_scope.scope_index; kind := v_scope.kind; isolation := v_scope.isolation;
-  first_order_index := v_scope.first_order_index; last_order_index := v_scope.last_order_index;
+  return v_scope;
 end $$;
 comment on function etl._claim(bigint, jsonb, boolean) is
-  'Claims the next scope of a run for this session, or ends the run when none is left. Called by the engine only.';
+  'Claims the next scope of a run for this session; null when there is none left and the run has been ended. Called by the engine only.';
 revoke all on function etl._claim(bigint, jsonb, boolean) from public;
 grant execute on function etl._claim(bigint, jsonb, boolean) to etl_operator;

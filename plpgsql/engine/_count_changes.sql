@@ -47,32 +47,29 @@ revoke all on function etl._written_tables() from public;
 create or replace function etl._count_changes(inout seen jsonb, out changes jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
 declare
-  v_tables oid[];
-  v_table  record;
-  v_old    jsonb;
-  v_name   text;
+  v_new jsonb;
 begin
-  changes := '{}';
   if (seen->'last_oid')::text is distinct from (select c.oid::text from pg_catalog.pg_class c order by c.oid desc limit 1) then
-    v_tables := etl._written_tables();
-    seen := jsonb_set(seen, '{tables}', (select coalesce(jsonb_object_agg(t.oid::text, '[null, 0, 0, 0]'::jsonb), '{}') from unnest(v_tables) t(oid)) || (seen->'tables'));
+    seen := jsonb_set(seen, '{tables}', (
+      select coalesce(jsonb_object_agg(t.oid::text, jsonb_build_array(etl._table_name(t.oid), 0, 0, 0)), '{}')
+        from unnest(etl._written_tables()) t(oid)) || (seen->'tables'));
   end if;
-  for v_table in
-    select q.* from (
-      select k.key, k.value as old, pg_stat_get_xact_tuples_inserted(k.key::oid) as i, pg_stat_get_xact_tuples_updated(k.key::oid) as u,
-             pg_stat_get_xact_tuples_deleted(k.key::oid) as d
-        from jsonb_each(seen->'tables') k where v_tables is null or k.key::oid = any (v_tables)) q
-     where q.i <> (q.old->>1)::bigint or q.u <> (q.old->>2)::bigint or q.d <> (q.old->>3)::bigint
-  loop
-    v_old := v_table.old;
-    v_name := coalesce(v_old->>0, etl._table_name(v_table.key::oid));
-    seen := jsonb_set(seen, array['tables', v_table.key], jsonb_build_array(v_name, v_table.i, v_table.u, v_table.d));
-    continue when v_name is null;
-    -- TRUNCATE takes back what the transaction had counted before it: then the count since is all there is.
-    if v_table.i < (v_old->>1)::bigint or v_table.u < (v_old->>2)::bigint or v_table.d < (v_old->>3)::bigint then v_old := '[null, 0, 0, 0]'; end if;
-    changes := changes || jsonb_build_object(v_name, jsonb_build_object('inserted', v_table.i - (v_old->>1)::bigint,
-      'updated', v_table.u - (v_old->>2)::bigint, 'deleted', v_table.d - (v_old->>3)::bigint));
-  end loop;
+  -- TRUNCATE takes back what the transaction had counted before it: then the count since is all there is.
+  select jsonb_object_agg(q.key, jsonb_build_array(q.name, q.i, q.u, q.d)),
+         jsonb_object_agg(q.name, case when q.i < q.i0 or q.u < q.u0 or q.d < q.d0
+           then jsonb_build_object('inserted', q.i, 'updated', q.u, 'deleted', q.d)
+           else jsonb_build_object('inserted', q.i - q.i0, 'updated', q.u - q.u0, 'deleted', q.d - q.d0) end)
+    into v_new, changes
+    from (select k.key, k.value->>0 as name, (k.value->>1)::bigint as i0, (k.value->>2)::bigint as u0, (k.value->>3)::bigint as d0,
+                 pg_stat_get_xact_tuples_inserted(k.key::oid) as i, pg_stat_get_xact_tuples_updated(k.key::oid) as u,
+                 pg_stat_get_xact_tuples_deleted(k.key::oid) as d
+            from jsonb_each(seen->'tables') k) q
+   where q.name is not null and (q.i, q.u, q.d) <> (q.i0, q.u0, q.d0);
+  if v_new is null then
+    changes := '{}';
+  else
+    seen := jsonb_set(seen, '{tables}', (seen->'tables') || v_new);
+  end if;
 end $$;
 comment on function etl._count_changes(jsonb) is 'Rows inserted, updated and deleted per table since the counters given; and the counters now.';
 revoke all on function etl._count_changes(jsonb) from public;

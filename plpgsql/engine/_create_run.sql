@@ -121,7 +121,8 @@ declare
   v_run etl.runs;
 begin
   for v_run in select * from etl.runs r where r.pipeline_id = _abandon_orphans.pipeline_id and r.status = 'running' for update loop
-    update etl.procedure_runs p set status = 'abandoned', ended_at = clock_timestamp()
+    update etl.procedure_runs p
+       set status = 'abandoned', ended_at = clock_timestamp(), duration_ms = extract(epoch from clock_timestamp() - p.started_at) * 1000
      where p.run_id = v_run.run_id and p.ended_at is null;
     update etl.mv_refreshes m set status = 'abandoned', ended_at = clock_timestamp()
      where m.run_id = v_run.run_id and m.ended_at is null;

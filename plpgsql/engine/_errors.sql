@@ -48,3 +48,15 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._failure(text, text, text, text, text, int) is 'A caught error as jsonb, with its class, stable code and remedy.';
 revoke all on function etl._failure(text, text, text, text, text, int) from public;
+
+-- A cancel request of a client (Ctrl-C) reaches the backend as two signals on some versions of the server, microseconds
+-- apart: the second one must not hit the bookkeeping that follows the first.
+create or replace function etl._absorb_signal() returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  perform pg_sleep(0.02);
+exception when query_canceled then
+  null;
+end $$;
+comment on function etl._absorb_signal() is 'Waits for the second signal of a cancel request, and lets it pass.';
+revoke all on function etl._absorb_signal() from public;

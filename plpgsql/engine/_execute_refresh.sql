@@ -60,6 +60,7 @@ begin
   exception when query_canceled or assert_failure or others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,
       v_hint = pg_exception_hint, v_context = pg_exception_context;
+    if v_sqlstate = '57014' then perform etl._absorb_signal(); end if;
     return jsonb_build_object('failure', etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, null));
   end;
 end $$;

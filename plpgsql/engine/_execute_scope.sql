@@ -21,10 +21,12 @@ create or replace function etl._record_success(step etl.procedure_runs, step_sta
 returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
 declare
+  v_now   timestamptz := clock_timestamp();
   v_event jsonb;
 begin
   update etl.procedure_runs p
-     set status = 'succeeded', started_at = step_started_at, ended_at = clock_timestamp(), rows_affected = row_count,
+     set status = 'succeeded', started_at = step_started_at, ended_at = v_now,
+         duration_ms = extract(epoch from v_now - step_started_at) * 1000, rows_affected = row_count,
          table_counts = changes, warnings = unmet_checks
    where p.run_id = step.run_id and p.order_index = step.order_index and p.attempt = step.attempt
   returning p.duration_ms into step.duration_ms;
@@ -115,6 +117,7 @@ begin
   exception when query_canceled or assert_failure or others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,
       v_hint = pg_exception_hint, v_context = pg_exception_context;
+    if v_sqlstate = '57014' then perform etl._absorb_signal(); end if;
     return jsonb_build_object('failure', etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, v_step.order_index));
   end;
 end $$;

@@ -44,7 +44,7 @@ begin
     update etl.procedure_runs p
        set status = case when p.order_index = v_failed then failed_status
                          when failed_status = 'cancelled' then 'cancelled' else 'rolled_back' end,
-           ended_at = clock_timestamp(),
+           ended_at = clock_timestamp(), duration_ms = extract(epoch from clock_timestamp() - p.started_at) * 1000,
            error_class = case when p.order_index = v_failed then failure->>'class' end,
            error_code = case when p.order_index = v_failed then failure->>'code' end,
            sqlstate = case when p.order_index = v_failed then failure->>'sqlstate' end,

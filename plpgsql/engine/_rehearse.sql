@@ -5,8 +5,7 @@ language plpgsql volatile security definer set search_path = pg_catalog, pg_temp
 declare
   v_plan   record := etl._plan(request);
   v_run_id bigint;
-  v_next   record;
-  v_is_awaited boolean := false;
+  v_next   etl.run_scopes;
   v_result jsonb;
   v_seen   jsonb := etl._change_baseline();
   v_name   text := current_setting('application_name');
@@ -16,14 +15,13 @@ begin
     perform etl._abandon_orphans(v_plan.pipeline_id);
     v_run_id := etl._create_run(request - 'idempotency_key', v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items);
     loop
-      v_next := etl._claim(v_run_id, v_result, v_is_awaited);
-    v_is_awaited := v_next.is_awaited;
-      exit when v_next.action = 'done';
+      v_next := etl._claim(v_run_id, v_result, v_next.required_by <> '{}' or v_next.precedes <> '{}');
+      exit when v_next.scope_index is null;
       if v_next.kind = 'refresh' then v_result := etl._execute_refresh(v_run_id, v_next.scope_index);
       else v_result := etl._execute_scope(v_run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
       if v_result ? 'failure' then perform etl._record_failure(v_run_id, v_next.scope_index, v_result->'failure'); end if;
       v_seen := coalesce(v_result->'seen', etl._change_baseline());
-      if v_result ? 'failure' then v_result := null; v_is_awaited := false; end if;
+      if v_result ? 'failure' then v_result := null; v_next := null; end if;
     end loop;
     select array_agg(p order by p.order_index, p.attempt) into steps from etl.procedure_runs p where p.run_id = v_run_id;
     select array_agg(m order by m.scope_index) into refreshes from etl.mv_refreshes m where m.run_id = v_run_id;

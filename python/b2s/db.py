@@ -19,7 +19,7 @@ def connect(dsn: str) -> Iterator[Connection]:
     """A session in autocommit mode, as the verbs that manage transactions need it.
 
     An empty dsn leaves everything to libpq: PG* variables, service file, password file.
-    Raises UsageError for a malformed dsn; every error of the database inside the block becomes a DatabaseError.
+    Raises UsageError for a malformed dsn; every database error inside the block becomes a DatabaseError.
     """
     try:
         parameters = conninfo.conninfo_to_dict(dsn)

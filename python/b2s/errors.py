@@ -27,17 +27,21 @@ class DatabaseError(B2SError):
 
     exit_code = 3
 
-    def __init__(self, message: str, hint: str | None = None, *, code: str | None = None, sqlstate: str | None = None) -> None:
+    def __init__(
+        self, message: str, hint: str | None = None, *, code: str | None = None, sqlstate: str | None = None
+    ) -> None:
         super().__init__(message, hint)
         self.code = code
         self.sqlstate = sqlstate
 
     @classmethod
     def of(cls, error: psycopg.Error) -> DatabaseError:
-        """The error of a server or of the way to it, in b2s's words where the server did not choose its own."""
+        """The error of a server or of the way to it, in b2s's words where the server has none of its own."""
         diagnostic = error.diag
         if diagnostic.sqlstate is None:
-            return cls(_first_line(error), "check --dsn, B2S_DSN or the PG* variables, and that the server runs")
+            return cls(
+                _first_line(error), "check --dsn, B2S_DSN or the PG* variables, and that the server runs"
+            )
         hint = diagnostic.message_hint or _HINTS.get(diagnostic.sqlstate)
         message = diagnostic.message_primary or _first_line(error)
         return cls(message, hint, code=detail_of(error).get("code"), sqlstate=diagnostic.sqlstate)

@@ -84,7 +84,6 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _by_type(error: BaseException) -> Failure:
-    from b2s.embedded import EmbeddedError
     from b2s.yamlsource import ConfigError
 
     if isinstance(error, ConfigError):
@@ -93,8 +92,6 @@ def _by_type(error: BaseException) -> Failure:
             for p in error.problems
         )
         return Failure(str(error), None, "config.invalid", 2, problems)
-    if isinstance(error, EmbeddedError):
-        return Failure(str(error), None, "embedded", 3)
     if isinstance(error, OSError):
         subject = f"{error.filename}: " if error.filename else ""
         return Failure(f"{subject}{error.strerror or error}", None, "os", 2)

@@ -47,7 +47,9 @@ def _install(connection: Connection, manifest: Manifest) -> Migrated:
     row = connection.execute("select version from etl.installation").fetchone()
     applied = []
     for migration in manifest.migrations:
-        is_pending = connection.execute("select etl._begin_migration(%s, %s)", [migration.name, migration.sha256]).fetchone()
+        is_pending = connection.execute(
+            "select etl._begin_migration(%s, %s)", [migration.name, migration.sha256]
+        ).fetchone()
         if is_pending == (True,):
             _run(connection, migration.sql)
             applied.append(migration.name)
@@ -85,7 +87,9 @@ def script() -> str:
     ]
     for migration in manifest.migrations:
         parts += [
-            f"select etl._begin_migration('{migration.name}', '{migration.sha256}') as is_pending \\gset",  # noqa: S608
+            f"select etl._begin_migration('{migration.name}', '{migration.sha256}') as is_pending \\gset",
             f"\\if :is_pending\n{migration.sql}\\endif",
         ]
-    return "\n".join([*parts, *manifest.code, manifest.finish, "commit;", f"\\echo b2s {__version__} is installed\n"])
+    return "\n".join(
+        [*parts, *manifest.code, manifest.finish, "commit;", f"\\echo b2s {__version__} is installed\n"]
+    )

@@ -10,6 +10,7 @@ from b2s.render import Column, Style, duration, moment, plural, table, visible, 
 
 Document = Mapping[str, Any]
 
+_UNNAMED: Final = "bronze_to_silver"  # the pipeline of a request that names none
 SUCCESSES: Final = ("succeeded", "completed_with_warnings")
 _SKIPPED: Final = {
     "upstream_failed": "something it needs failed",
@@ -246,12 +247,13 @@ def bound(value: str | None) -> str:
 def next_steps(run: Document) -> list[str]:
     """What to type next; nothing after a success."""
     run_id = run["run_id"]
+    command = "b2s run" if run["pipeline"] == _UNNAMED else f"b2s run --pipeline {run['pipeline']}"
     if run["is_dead"]:
-        return ["b2s run    records it as abandoned, and runs what is left to do"]
+        return [f"{command}    records it as abandoned, and runs what is left to do"]
     if run["status"] == "running":
         return [f"b2s cancel {run_id}    finishes the step in flight and skips the rest"]
     again = [step["procedure"] for step in last_attempts(run) if step["status"] != "succeeded"]
     if not again:
         return []
     when = "once the cause is repaired" if run["status"] == "failed" else "runs what is left"
-    return [f"b2s run {' '.join(again)}    {when}"]
+    return [f"{command} {' '.join(again)}    {when}"]

@@ -35,7 +35,9 @@ def sql_root() -> Path:
     for root in (here.parent / "sql", here.parents[2]):
         if (root / "plpgsql" / "install.sql").is_file():
             return root
-    raise UsageError("this installation of b2s has no SQL files", "install it again: pip install --force-reinstall b2s")
+    raise UsageError(
+        "this installation of b2s has no SQL files", "install it again: pip install --force-reinstall b2s"
+    )
 
 
 def load_manifest(root: Path | None = None) -> Manifest:
@@ -53,7 +55,9 @@ def load_manifest(root: Path | None = None) -> Manifest:
             migrations.append(_read_migration(root, name, match[1]))
         elif (match := re.fullmatch(r"\\ir (\S+)", line)) and not match[1].startswith("install/"):
             code.append((folder / match[1]).read_text(encoding="utf-8"))
-    begin, finish = ((folder / "install" / part).read_text(encoding="utf-8") for part in ("begin.sql", "finish.sql"))
+    begin, finish = (
+        (folder / "install" / part).read_text(encoding="utf-8") for part in ("begin.sql", "finish.sql")
+    )
     return Manifest(begin, tuple(migrations), tuple(code), finish)
 
 

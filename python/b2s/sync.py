@@ -29,7 +29,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class SyncPlan:
-    """What a configuration would change, against what digest it was planned, and how the catalog has drifted."""
+    """What a configuration would change, the digest it was planned against, how the catalog has drifted."""
 
     pipeline: str
     base_digest: str | None
@@ -44,12 +44,22 @@ class SyncPlan:
 
         def changes(key: str) -> tuple[Change, ...]:
             return tuple(
-                Change(c["action"], c["kind"], c["name"], {f: (old, new) for f, (old, new) in (c["fields"] or {}).items()})
+                Change(
+                    c["action"],
+                    c["kind"],
+                    c["name"],
+                    {f: (old, new) for f, (old, new) in (c["fields"] or {}).items()},
+                )
                 for c in document[key]
             )
 
         return cls(
-            document["pipeline"], document["base_digest"], document["digest"], document["version"], changes("changes"), changes("drift")
+            document["pipeline"],
+            document["base_digest"],
+            document["digest"],
+            document["version"],
+            changes("changes"),
+            changes("drift"),
         )
 
 
@@ -59,8 +69,14 @@ def plan_config(connection: Connection, loaded: LoadedConfig) -> SyncPlan:
 
 
 def apply_config(connection: Connection, loaded: LoadedConfig, plan: SyncPlan) -> SyncPlan:
-    """Applies exactly the plan that was shown. Raises DatabaseError config.stale when the catalog has changed since."""
-    arguments = [json.dumps(loaded.spec()), plan.base_digest or "", _author(), _git_revision(Path(loaded.source.path)), loaded.source.path]
+    """Applies exactly the plan shown. Raises DatabaseError config.stale when the catalog changed since."""
+    arguments = [
+        json.dumps(loaded.spec()),
+        plan.base_digest or "",
+        _author(),
+        _git_revision(Path(loaded.source.path)),
+        loaded.source.path,
+    ]
     return SyncPlan.of(_call(connection, loaded, "select etl.apply_config(%s, %s, %s, %s, %s)", arguments))
 
 
@@ -70,14 +86,18 @@ def sync_config(connection: Connection, path: Path) -> SyncPlan:
     return apply_config(connection, loaded, plan_config(connection, loaded))
 
 
-def _call(connection: Connection, loaded: LoadedConfig, query: str, arguments: list[str | None]) -> dict[str, Any]:
+def _call(
+    connection: Connection, loaded: LoadedConfig, query: str, arguments: list[str | None]
+) -> dict[str, Any]:
     try:
         row = connection.execute(query.encode(), arguments).fetchone()
     except psycopg.Error as error:
         found = detail_of(error)
         if found.get("code") == "config.invalid":
             source = loaded.source
-            raise ConfigError(source, [source.problem(tuple(e["loc"]), e["message"], e["hint"]) for e in found["errors"]]) from error
+            raise ConfigError(
+                source, [source.problem(tuple(e["loc"]), e["message"], e["hint"]) for e in found["errors"]]
+            ) from error
         raise
     assert row is not None  # noqa: S101
     document: dict[str, Any] = row[0]
@@ -98,7 +118,13 @@ def _git_revision(path: Path) -> str | None:
         return None
 
     def run(*arguments: str) -> str | None:
-        done = subprocess.run([git, "-C", str(path.resolve().parent), *arguments], capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run(
+            [git, "-C", str(path.resolve().parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
         return done.stdout.strip() if done.returncode == 0 else None
 
     revision = run("rev-parse", "HEAD")

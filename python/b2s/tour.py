@@ -176,7 +176,7 @@ class Tour:
             print(f"{self._style.paint('$', 'green')} {self._style.paint(command, 'bold')}", flush=True)
 
     def _b2s(self, *words: str, expected: int = 0) -> None:
-        """Runs a command in this process, its output included. Raises TourError for a surprising exit code."""
+        """Runs a command in this process, output included. Raises TourError for a surprising exit code."""
         from b2s.cli import main
 
         self._type_shell("b2s " + " ".join(_quoted(words)))

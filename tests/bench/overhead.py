@@ -1,10 +1,10 @@
-"""What running a step costs: b2s against the same statements typed into psql, one transaction each.
+"""What running a step costs: b2s against the same statements in one psql session, one transaction each.
 
-    python -m tests.bench.overhead [--steps 1000] [--shape chain] [--pairs 5] [--dsn DSN] [--history N]
+    python -m tests.bench.overhead [--steps 1000] [--shape chain] [--pairs 5] [--dsn DSN]
 
-Each step upserts ten rows. The floor is one psql session with the plain statements; b2s runs functions that hold the
-same statements, with synchronous_commit on. Floor and contender alternate; the ratio is taken pair by pair.
-Without --dsn an embedded server with fsync on is started.
+Each step upserts ten rows. Two floors: `call` is the very statement that b2s executes, `select bench.step_00001()`;
+`plain` is the upsert inside it, typed into psql without a function. synchronous_commit is on. Floors and b2s take turns,
+each in a fresh session; the ratio is taken turn by turn. Without --dsn an embedded server with fsync on is started.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def dependencies(shape: str, step: int) -> list[int]:
 def procedure(shape: str, step: int) -> dict[str, Any]:
     """One configured procedure, all defaults written out."""
     return {
-        "name": f"bench.step_{step:05}", "routine": f"bench.step_{step:05}", "type": "dimension", "description": None,
+        "name": f"bench.step_{step:05}", "routine": f"bench.step_{step:05}", "type": "dimension",
+        "description": None,
         "dependencies": [f"bench.step_{needed:05}" for needed in dependencies(shape, step)],
         "allow_fact_dependency": False, "group": None, "tags": [], "default_mode": "incremental",
         "allow_full_refresh": False, "transaction_scope": "per_procedure", "isolation": "read committed",
@@ -59,15 +60,19 @@ def prepare(connection: psycopg.Connection[Any], shape: str, steps: int) -> None
     """Creates the target, one function per step and the configuration."""
     connection.execute("drop schema if exists bench cascade")
     connection.execute("create schema bench authorization etl_owner")
-    connection.execute("create table bench.target (k int, step int, n int, primary key (step, k)) with (fillfactor = 50)")
+    connection.execute(
+        "create table bench.target (k int, step int, n int, primary key (step, k)) with (fillfactor = 50)"
+    )
     connection.execute("create unique index on bench.target (k, step)")
     connection.execute("alter table bench.target owner to etl_owner")
     for step in range(steps):
         body = f"begin {STATEMENT.format(step=step)}; return 10; end"
-        connection.execute(f"create function bench.step_{step:05}() returns bigint language plpgsql as $$ {body} $$".encode())
+        connection.execute(
+            f"create function bench.step_{step:05}() returns bigint language plpgsql as $$ {body} $$".encode()
+        )
     config = {
-        "version": 1, "pipeline": f"bench_{shape}_{steps}", "description": None, "max_concurrency": 2, "search_path": [],
-        "groups": [], "schedules": [], "procedures": [procedure(shape, step) for step in range(steps)],
+        "version": 1, "pipeline": f"bench_{shape}_{steps}", "description": None, "max_concurrency": 2,
+        "search_path": [], "groups": [], "schedules": [], "procedures": [procedure(shape, step) for step in range(steps)],
     }  # fmt: skip
     connection.execute("select etl.apply_config(%s)", [json.dumps(config)])
     connection.execute("vacuum analyze")
@@ -76,8 +81,8 @@ def prepare(connection: psycopg.Connection[Any], shape: str, steps: int) -> None
 def psql(dsn: str, script: Path) -> float:
     """Runs a script in one psql session; seconds of wall time."""
     start = time.perf_counter()
-    subprocess.run(["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-d", dsn, "-f", str(script)], check=True,
-                   stderr=subprocess.DEVNULL)  # fmt: skip
+    command = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-d", dsn, "-f", str(script)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
@@ -91,20 +96,33 @@ def server(dsn: str | None) -> Iterator[str]:
         yield embedded.dsn
 
 
-def compare(dsn: str, shape: str, steps: int, pairs: int) -> list[tuple[float, float]]:
-    """Pairs of (floor, b2s) seconds, after one pair that is not counted."""
+def compare(dsn: str, shape: str, steps: int, pairs: int) -> list[tuple[float, float, float]]:
+    """Turns of (plain, call, b2s) seconds, after one that is not counted."""
+    scripts = {
+        "plain": "".join(f"{STATEMENT.format(step=step)};\n" for step in range(steps)),
+        "call": "".join(f"select bench.step_{step:05}();\n" for step in range(steps)),
+        "b2s": f"call etl.start_run(pipeline => 'bench_{shape}_{steps}');\n",
+    }
     with tempfile.TemporaryDirectory() as folder:
-        floor, contender = Path(folder, "floor.sql"), Path(folder, "b2s.sql")
-        floor.write_text("".join(f"{STATEMENT.format(step=step)};\n" for step in range(steps)), encoding="utf-8")
-        contender.write_text(f"call etl.start_run(pipeline => 'bench_{shape}_{steps}');\n", encoding="utf-8")
-        return [(psql(dsn, floor), psql(dsn, contender)) for _ in range(pairs + 1)][1:]
+        files = []
+        for name, script in scripts.items():
+            files.append(Path(folder, f"{name}.sql"))
+            files[-1].write_text(script, encoding="utf-8")
+        turns = [tuple(psql(dsn, file) for file in files) for _ in range(pairs + 1)]
+    return [(plain, call, b2s) for plain, call, b2s in turns[1:]]
+
+
+def spread(values: list[float]) -> str:
+    """Median, minimum and maximum."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def counters(connection: psycopg.Connection[Any]) -> dict[str, float]:
     """Commits and WAL bytes so far."""
     connection.execute("select pg_stat_force_next_flush()")
     row = connection.execute(
-        "select xact_commit, (select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')) from pg_stat_database where datname = current_database()"
+        "select xact_commit, (select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0'))"
+        " from pg_stat_database where datname = current_database()"
     ).fetchone()
     assert row is not None
     return {"commits": float(row[0]), "wal_bytes": float(row[1])}
@@ -112,7 +130,9 @@ def counters(connection: psycopg.Connection[Any]) -> dict[str, float]:
 
 def main() -> None:
     """Prints one line per shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--shape", choices=SHAPES, action="append")
     parser.add_argument("--pairs", type=int, default=5)
@@ -124,16 +144,21 @@ def main() -> None:
             for shape in arguments.shape or SHAPES:
                 prepare(connection, shape, arguments.steps)
                 measured = compare(dsn, shape, arguments.steps, arguments.pairs)
-                ratios = [contender / floor for floor, contender in measured]
                 before = counters(connection)
                 with psycopg.connect(dsn, autocommit=True) as runner:
-                    runner.execute(f"call etl.start_run(pipeline => 'bench_{shape}_{arguments.steps}')".encode())
+                    runner.execute(
+                        f"call etl.start_run(pipeline => 'bench_{shape}_{arguments.steps}')".encode()
+                    )
                 after = counters(connection)
+                per_step = 1000 / arguments.steps
                 print(
-                    f"{shape:8} {arguments.steps} steps: ratio {statistics.median(ratios):.2f} "
-                    f"({min(ratios):.2f}-{max(ratios):.2f}), floor {statistics.median(f for f, _ in measured) / arguments.steps * 1000:.3f} ms/step, "
-                    f"commits {(after['commits'] - before['commits']) / arguments.steps:.2f}/step, "
-                    f"WAL {(after['wal_bytes'] - before['wal_bytes']) / arguments.steps:.0f} B/step",
+                    f"{shape:8} {arguments.steps} steps: {spread([b2s / call for _, call, b2s in measured])} x call, "
+                    f"{spread([b2s / plain for plain, _, b2s in measured])} x plain; ms per step: "
+                    f"plain {statistics.median(m[0] for m in measured) * per_step:.3f}, "
+                    f"call {statistics.median(m[1] for m in measured) * per_step:.3f}, "
+                    f"b2s {statistics.median(m[2] for m in measured) * per_step:.3f}; "
+                    f"{(after['commits'] - before['commits']) / arguments.steps:.2f} commits and "
+                    f"{(after['wal_bytes'] - before['wal_bytes']) / arguments.steps:.0f} B of WAL per step",
                     flush=True,
                 )
 
