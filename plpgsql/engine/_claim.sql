@@ -126,7 +126,7 @@ begin
          and p.attempt = scope.attempt and p.status = 'pending'
       returning p.procedure_name, p.watermark_strategy)
     select max(t.procedure_name), count(t.watermark_strategy) > 0 into v_name, v_has_window from taken t;
-    if v_has_window or current_setting('b2s.progress', true) = 'json' then perform etl._open_steps(run, scope); end if;
+    if v_has_window or v_name is not null and current_setting('b2s.progress', true) = 'json' then perform etl._open_steps(run, scope); end if;
   end if;
   if v_name is null then return false; end if;
   return set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false) is not null;

@@ -2,9 +2,10 @@
 
     python -m tests.bench.overhead [--steps 1000] [--shape chain] [--pairs 5] [--dsn DSN]
 
-Each step upserts ten rows. Two floors: `call` is the very statement that b2s executes, `select bench.step_00001()`;
-`plain` is the upsert inside it, typed into psql without a function. synchronous_commit is on. Floors and b2s take turns,
-each in a fresh session; the ratio is taken turn by turn. Without --dsn an embedded server with fsync on is started.
+Each step upserts ten rows. Two floors: `call` is the very statement that b2s executes,
+`select bench.step_00001()`; `plain` is the upsert inside it, typed into psql without a function.
+synchronous_commit is on. Floors and b2s take turns, each in a fresh session; the ratio is taken turn by turn.
+Without --dsn an embedded server with fsync on is started.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def prepare(connection: psycopg.Connection[Any], shape: str, steps: int) -> None
         )
     config = {
         "version": 1, "pipeline": f"bench_{shape}_{steps}", "description": None, "max_concurrency": 2,
-        "search_path": [], "groups": [], "schedules": [], "procedures": [procedure(shape, step) for step in range(steps)],
+        "search_path": [], "groups": [], "schedules": [],
+        "procedures": [procedure(shape, step) for step in range(steps)],
     }  # fmt: skip
     connection.execute("select etl.apply_config(%s)", [json.dumps(config)])
     connection.execute("vacuum analyze")
@@ -152,7 +154,8 @@ def main() -> None:
                 after = counters(connection)
                 per_step = 1000 / arguments.steps
                 print(
-                    f"{shape:8} {arguments.steps} steps: {spread([b2s / call for _, call, b2s in measured])} x call, "
+                    f"{shape:8} {arguments.steps} steps: "
+                    f"{spread([b2s / call for _, call, b2s in measured])} x call, "
                     f"{spread([b2s / plain for plain, _, b2s in measured])} x plain; ms per step: "
                     f"plain {statistics.median(m[0] for m in measured) * per_step:.3f}, "
                     f"call {statistics.median(m[1] for m in measured) * per_step:.3f}, "
