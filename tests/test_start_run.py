@@ -673,7 +673,10 @@ def test_the_session_is_left_as_it_was(family: Pipeline) -> None:
     assert family.start().status == "succeeded"
     settings = [family.value(f"show {name}") for name in ("application_name", "search_path", "lock_timeout")]
     assert settings == ["mine", "bronze", "7s"]
-    assert family.value("select count(*) from pg_locks where locktype = 'advisory'") == 0
+    assert (
+        family.value("select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()")
+        == 0
+    )
 
 
 def test_the_application_name_shows_progress_while_a_run_is_active(pipeline: Pipeline) -> None:

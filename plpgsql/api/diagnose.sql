@@ -8,7 +8,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   union all
   select 'role', case when pg_has_role(etl._requester(), 'etl_operator', 'usage') then 'ok' else 'warn' end,
          format('%s %s', etl._requester(), coalesce('is a member of ' || (
-           select string_agg(r, ', ') from unnest(array['etl_admin', 'etl_operator', 'etl_reader']) r where pg_has_role(etl._requester(), r, 'usage')),
+           select string_agg(r, ', ') from unnest(array['etl_owner', 'etl_admin', 'etl_operator', 'etl_reader']) r where pg_has_role(etl._requester(), r, 'usage')),
            'is a member of no role of b2s')),
          format('to run procedures: grant etl_operator to %I', etl._requester())
   union all

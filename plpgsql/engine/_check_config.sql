@@ -32,7 +32,9 @@ begin
       from jsonb_array_elements(config->'procedures') p
       cross join lateral jsonb_array_elements((etl._compile_call(p)).problems || etl._refresh_problems(p) || etl._watermark_problems(p)
         || coalesce((select jsonb_agg(etl._config_problem(jsonb_build_array('procedures', p->>'name', 'checks', c->>'name'), (etl._compile_check(c)).problem,
-                       'correct the check')) from jsonb_array_elements(p->'checks') c where (etl._compile_check(c)).problem is not null), '[]')) e(problem));
+                       case when (etl._compile_check(c)).problem like 'role etl_owner may not read %'
+                         then format('grant usage on schema %s to etl_owner; grant select on %s to etl_owner', split_part(c->>'table', '.', 1), c->>'table')
+                         else 'correct the check' end)) from jsonb_array_elements(p->'checks') c where (etl._compile_check(c)).problem is not null), '[]')) e(problem));
   if v_problems <> '[]' then
     perform etl._fail('PT422', 'config.invalid', format('the configuration has %s problem(s); the first: %s', jsonb_array_length(v_problems), v_problems->0->>'message'),
       v_problems->0->>'hint', jsonb_build_object('errors', v_problems));

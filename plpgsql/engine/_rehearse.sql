@@ -12,6 +12,8 @@ declare
 begin
   perform etl._acquire(v_plan.pipeline_id);
   begin
+    -- What the helpers announce is about to be undone.
+    perform set_config('client_min_messages', 'error', true);
     perform etl._abandon_orphans(v_plan.pipeline_id);
     v_run_id := etl._create_run(request - 'idempotency_key', v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items);
     loop
