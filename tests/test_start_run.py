@@ -470,6 +470,19 @@ def test_a_table_that_is_truncated_and_filled_counts_what_was_filled_in(tables: 
     assert tables.step(run.run_id, "b_reload")["table_counts"] == {"silver.t": counts(6)}
 
 
+def test_a_step_that_truncates_what_its_group_has_filled_counts_its_own(tables: Pipeline) -> None:
+    tables.add("a_before", "insert into silver.t select generate_series(201, 203), 0")
+    for name, body in (
+        ("b_fill", "insert into silver.t select generate_series(101, 110), 0"),
+        ("c_reload", "truncate silver.t; insert into silver.t select g, 0 from generate_series(1, 6) g"),
+    ):
+        tables.add(name, body, group="g", transaction_scope="per_group")
+    tables.apply()
+    run = tables.start()
+    assert tables.step(run.run_id, "b_fill")["table_counts"] == {"silver.t": counts(10)}
+    assert tables.step(run.run_id, "c_reload")["table_counts"] == {"silver.t": counts(6)}
+
+
 def test_temporary_tables_are_not_counted(tables: Pipeline) -> None:
     tables.add(
         "load",

@@ -120,12 +120,15 @@ begin
      where m.run_id = run.run_id and m.scope_index = scope.scope_index and m.status = 'pending'
     returning m.mv_name into v_name;
   else
-    with taken as (
+    update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
+     where p.run_id = run.run_id and p.order_index = scope.first_order_index and p.attempt = scope.attempt and p.status = 'pending'
+    returning p.procedure_name, p.watermark_strategy is not null into v_name, v_has_window;
+    if v_name is not null and scope.first_order_index < scope.last_order_index then
       update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
-       where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
-         and p.attempt = scope.attempt and p.status = 'pending'
-      returning p.procedure_name, p.watermark_strategy)
-    select max(t.procedure_name), count(t.watermark_strategy) > 0 into v_name, v_has_window from taken t;
+       where p.run_id = run.run_id and p.order_index > scope.first_order_index and p.order_index <= scope.last_order_index
+         and p.attempt = scope.attempt;
+      v_has_window := true;
+    end if;
     if v_has_window or v_name is not null and current_setting('b2s.progress', true) = 'json' then perform etl._open_steps(run, scope); end if;
   end if;
   if v_name is null then return false; end if;

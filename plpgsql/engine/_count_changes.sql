@@ -54,17 +54,20 @@ begin
       select coalesce(jsonb_object_agg(t.oid::text, jsonb_build_array(etl._table_name(t.oid), 0, 0, 0)), '{}')
         from unnest(etl._written_tables()) t(oid)) || (seen->'tables'));
   end if;
-  -- TRUNCATE takes back what the transaction had counted before it: then the count since is all there is.
+  -- TRUNCATE takes back what the transaction had counted before it, that is, what earlier steps of the group did: then
+  -- the count since the scope began is the count since the TRUNCATE.
   select jsonb_object_agg(q.key, jsonb_build_array(q.name, q.i, q.u, q.d)),
-         jsonb_object_agg(q.name, case when q.i < q.i0 or q.u < q.u0 or q.d < q.d0
-           then jsonb_build_object('inserted', q.i, 'updated', q.u, 'deleted', q.d)
-           else jsonb_build_object('inserted', q.i - q.i0, 'updated', q.u - q.u0, 'deleted', q.d - q.d0) end)
+         jsonb_object_agg(q.name, jsonb_build_object('inserted', q.i - (q.before->>1)::bigint, 'updated', q.u - (q.before->>2)::bigint,
+                                                     'deleted', q.d - (q.before->>3)::bigint))
     into v_new, changes
-    from (select k.key, k.value->>0 as name, (k.value->>1)::bigint as i0, (k.value->>2)::bigint as u0, (k.value->>3)::bigint as d0,
-                 pg_stat_get_xact_tuples_inserted(k.key::oid) as i, pg_stat_get_xact_tuples_updated(k.key::oid) as u,
-                 pg_stat_get_xact_tuples_deleted(k.key::oid) as d
-            from jsonb_each(seen->'tables') k) q
-   where q.name is not null and (q.i, q.u, q.d) <> (q.i0, q.u0, q.d0);
+    from (select k.key, k.value->>0 as name, c.i, c.u, c.d,
+                 case when c.i < (k.value->>1)::bigint or c.u < (k.value->>2)::bigint or c.d < (k.value->>3)::bigint
+                      then coalesce(seen->'start'->k.key, '[null, 0, 0, 0]') else k.value end as before
+            from jsonb_each(seen->'tables') k,
+                 lateral (select pg_stat_get_xact_tuples_inserted(k.key::oid) as i, pg_stat_get_xact_tuples_updated(k.key::oid) as u,
+                                 pg_stat_get_xact_tuples_deleted(k.key::oid) as d) c
+           where c.i + c.u + c.d > 0 and (c.i, c.u, c.d) <> ((k.value->>1)::bigint, (k.value->>2)::bigint, (k.value->>3)::bigint)) q
+   where q.name is not null;
   if v_new is null then
     changes := '{}';
   else

@@ -12,6 +12,10 @@ revoke all on function etl._step_event(text, etl.procedure_runs, jsonb) from pub
 create or replace function etl._event_text(event jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
+  if event->>'event' = 'step_succeeded' and not event ? 'warning' then
+    return format('[%s] %s succeeded %s in %s ms', event->>'order_index', event->>'procedure',
+      case event->>'rows_affected' when '1' then '1 row' else (event->>'rows_affected') || ' rows' end, round((event->>'duration_ms')::numeric));
+  end if;
   return concat_ws(' ',
     '[' || (event->>'order_index') || ']',
     coalesce(event->>'procedure', event->>'mv_name', 'run ' || (event->>'run_id')),

@@ -105,6 +105,7 @@ declare
 begin
   -- They are claimed by a backend of this number; that it is this very session, the run lock tells.
   if v_steps = '{}' or not pg_try_advisory_xact_lock(6435443, v_steps[1].pipeline_id) then perform etl._fail_not_owned(run_id); end if;
+  if cardinality(v_steps) > 1 then seen := seen || jsonb_build_object('start', seen->'tables'); end if;
   begin
     foreach v_step in array v_steps loop
       v_result := etl._execute_step(v_step, seen);
@@ -113,7 +114,7 @@ begin
     end loop;
     set constraints all immediate;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
-    return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen);
+    return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen - 'start');
   exception when query_canceled or assert_failure or others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,
       v_hint = pg_exception_hint, v_context = pg_exception_context;
