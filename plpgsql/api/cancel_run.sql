@@ -26,10 +26,18 @@ begin
      set cancel_requested_at = coalesce(r.cancel_requested_at, clock_timestamp()), cancel_requested_by = coalesce(r.cancel_requested_by, etl._requester()),
          cancel_reason = coalesce(r.cancel_reason, _request_cancel.reason)
    where r.run_id = _request_cancel.run_id;
-  return v_run.worker_pid;
+  -- The row of the step in flight, held until this transaction ends: its outcome cannot be written before the signal
+  -- is sent, so the signal hits the step and not the bookkeeping after it, which would end the CALL. skip locked: an
+  -- outcome already written is about to be committed.
+  perform from etl.procedure_runs p where p.run_id = _request_cancel.run_id and p.status = 'running'
+   order by p.order_index desc limit 1 for update skip locked;
+  if not found then
+    perform from etl.mv_refreshes m where m.run_id = _request_cancel.run_id and m.status = 'running' limit 1 for update skip locked;
+  end if;
+  return case when found then v_run.worker_pid end;
 end $$;
 comment on function etl._request_cancel(bigint, text) is
-  'Records that a run is to stop; returns the backend that executes it. Raises what etl.cancel_run raises.';
+  'Records that a run is to stop; returns the backend that executes a step of it now, else null. Raises what etl.cancel_run raises.';
 revoke all on function etl._request_cancel(bigint, text) from public;
 grant execute on function etl._request_cancel(bigint, text) to etl_operator;
 
@@ -40,7 +48,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_pid int := etl._request_cancel(run_id, reason);
 begin
-  if not force then return 'the step in flight is finished, what follows is skipped'; end if;
+  if not force or v_pid is null then return 'the step in flight is finished, what follows is skipped'; end if;
   begin
     perform pg_cancel_backend(v_pid);
   exception when insufficient_privilege then

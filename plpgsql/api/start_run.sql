@@ -3,6 +3,8 @@
 -- These two procedures are the only code that ends transactions, and they do nothing else: a procedure that COMMITs
 -- can neither be security definer nor pin its search_path, so everything that touches a table is in the guarded
 -- helpers they call. The run lock passes hand over hand across every COMMIT and ROLLBACK (engine/_lock.sql).
+-- It runs with the caller's search_path: operators only between values of one built-in type, the rest as pg_catalog functions,
+-- or an operator that somebody put on that path could run as the caller.
 -- SET TRANSACTION must directly follow the COMMIT: even an IF in between would take a snapshot.
 create or replace procedure etl._walk(run_id bigint, pipeline_id int)
 language plpgsql as $$
@@ -14,40 +16,40 @@ declare
   v_interruption text;
   v_is_held      boolean;
 begin
-  v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
+  v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
   loop
-    v_next := etl._claim(run_id, v_result, v_next.required_by <> '{}' or v_next.precedes <> '{}');
+    v_next := etl._claim(run_id, v_result, pg_catalog.cardinality(v_next.required_by) + pg_catalog.cardinality(v_next.precedes) > 0);
     v_is_held := etl._hold(pipeline_id);
     if v_next.scope_index is null then
       commit; v_is_held := pg_catalog.pg_advisory_unlock(6435443, pipeline_id);
       return;
     end if;
-    if v_next.isolation = 'serializable' then commit; set transaction isolation level serializable;
-    elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read;
-    else commit; set transaction isolation level read committed; end if;
+    if v_next.isolation = 'serializable' then commit; set transaction isolation level serializable, read write;
+    elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read, read write;
+    else commit; set transaction isolation level read committed, read write; end if;
     v_is_held := etl._rehold(pipeline_id);
-    if v_next.kind = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
+    if v_next.kind::text = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
     else v_result := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
     v_is_held := etl._hold(pipeline_id);
-    if not v_result ? 'failure' then
-      commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
-      v_seen := coalesce(v_result->'seen', v_seen);
+    if not pg_catalog.jsonb_exists(v_result, 'failure') then
+      commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
+      v_seen := coalesce(pg_catalog.jsonb_object_field(v_result, 'seen'), v_seen);
       continue;
     end if;
-    rollback; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
-    v_delay := etl._record_failure(run_id, v_next.scope_index, v_result->'failure');
+    rollback; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
+    v_delay := etl._record_failure(run_id, v_next.scope_index, pg_catalog.jsonb_object_field(v_result, 'failure'));
     v_seen := etl._change_baseline();
     v_result := null;
     v_next := null;
-    v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
-    while v_delay > 0 loop
+    v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
+    while v_delay > 0::float8 loop
       v_interruption := null;
       begin
-        perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000);
+        perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000::float8);
       exception when query_canceled then v_interruption := sqlerrm;
       end;
-      v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500 end;
-      v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed; v_is_held := etl._rehold(pipeline_id);
+      v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500::float8 end;
+      v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
     end loop;
   end loop;
 end $$;
@@ -76,8 +78,8 @@ begin
   commit; set transaction isolation level read committed;
   v_request := etl._request(mode, procedures, groups, tags, with_upstream, with_downstream, as_of, params, transaction_scope,
     mv_refresh, idempotency_key, confirm_full_refresh, approved_by, reason, max_concurrency, pipeline);
-  if dry_run in ('t', 'true', 'execute') then
-    perform etl._report_plan(v_request, dry_run = 'execute');
+  if dry_run::text in ('t', 'true', 'execute') then
+    perform etl._report_plan(v_request, dry_run::text = 'execute');
     run_id := null; status := 'planned';
     return;
   end if;

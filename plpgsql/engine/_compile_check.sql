@@ -31,8 +31,8 @@ begin
     when 'not_null' then format('select count(*) from %s where %s', v_name, (select string_agg(format('%I is null', c), ' or ') from unnest(v_columns) c))
     when 'unique' then format('select count(*) from (select 1 from %s where %s group by %s having count(*) > 1) d', v_name,
                               (select string_agg(format('%I is not null', c), ' and ') from unnest(v_columns) c), v_list)
-    when 'row_count' then format('select (count(*) not between %s and %s)::int from %s', coalesce(definition->>'min', '0'),
-                                 coalesce(definition->>'max', '9223372036854775807'), v_name)
+    when 'row_count' then format('select (count(*) not between %s and %s)::int from %s', coalesce((definition->>'min')::bigint, 0),
+                                 coalesce((definition->>'max')::bigint, 9223372036854775807), v_name)
   end;
 end $$;
 comment on function etl._compile_check(jsonb) is 'The query that counts the violations of a declared check, or what is wrong with the declaration.';

@@ -117,6 +117,13 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       join etl.procedures o on o.state_key = p.definition#>>'{watermark,state_key}' and o.is_active
       join etl.pipelines l using (pipeline_id)
      where l.name <> config->>'pipeline'
+    union all
+    select jsonb_build_array('procedures', p.name, 'watermark', 'state_key'),
+           format('the watermark of state_key %s is of the %s strategy', s.state_key, s.strategy),
+           'give the procedure a new state_key: it starts without a watermark'
+      from procedure p
+      join etl.state s on s.state_key = p.definition#>>'{watermark,state_key}'
+     where s.last_success_watermark is not null and s.strategy <> p.definition#>>'{watermark,strategy}'
   )
   select coalesce(jsonb_agg(etl._config_problem(f.loc, f.message, f.hint)), '[]') from found f
 $$;

@@ -30,16 +30,24 @@ revoke all on function etl._event_text(jsonb) from public;
 
 create or replace function etl._announce(event jsonb) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_text text := etl._event_text(event);
 begin
-  if current_setting('b2s.progress', true) = 'json' then
-    raise notice using errcode = 'PT200', message = etl._event_text(event), detail = event::text;
-  elsif event->>'event' ~ 'failed|retrying|cancelled' or event ? 'warning' then
-    raise warning '%', etl._event_text(event);
-  else
-    raise notice '%', etl._event_text(event);
-  end if;
+  begin
+    if current_setting('b2s.progress', true) = 'json' then
+      raise notice using errcode = 'PT200', message = v_text, detail = event::text;
+    elsif event->>'event' ~ 'failed|retrying|cancelled' or event ? 'warning' then
+      raise warning '%', v_text;
+    else
+      raise notice '%', v_text;
+    end if;
+  exception when untranslatable_character then
+    -- The client's encoding lacks a character: that must not end the run.
+    raise notice '%', regexp_replace(v_text, '[^ -~]', '?', 'g');
+  end;
   -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
-  perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning'])::text);
+  perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning']
+    || case when octet_length(event->>'error_code') > 200 then jsonb_build_object('error_code', left(event->>'error_code', 50)) else '{}' end)::text);
   return true;
 end $$;
 comment on function etl._announce(jsonb) is 'Tells clients and listeners about an event of a run.';

@@ -10,6 +10,9 @@ begin
     select p from etl.procedure_runs p
      where p.run_id = _claimed_steps.run_id and p.order_index between first_order_index and last_order_index
        and p.status = 'running' and p.worker_pid = pg_backend_pid()
+       -- A scope is executed whole: whoever calls the helpers by hand cannot commit a part of a group.
+       and exists (select from etl.run_scopes s where s.run_id = p.run_id and s.scope_index = p.scope_index
+                      and (s.first_order_index, s.last_order_index) = (_claimed_steps.first_order_index, _claimed_steps.last_order_index))
      order by p.order_index);
 end $$;
 comment on function etl._claimed_steps(bigint, int, int) is 'The steps in a range that this session has claimed.';
@@ -69,6 +72,10 @@ declare
   v_unmet      jsonb;
   v_counts     record;
 begin
+  -- Its window could not be fixed when it was claimed: that error is this step's.
+  if step.sqlstate is not null then
+    raise exception using errcode = step.sqlstate, message = step.error_message, detail = coalesce(step.error_detail, ''), hint = coalesce(step.error_hint, '');
+  end if;
   if step.settings is not null then perform etl._apply_settings(step.settings); end if;
   -- A procedure without output returns no row to put anywhere.
   if step.rows_column is null then

@@ -6,6 +6,10 @@ declare
   v_first  etl.procedure_runs;
   v_status text;
 begin
+  if exists (select from etl.procedure_runs p where p.run_id = run.run_id and p.ended_at is null)
+     or exists (select from etl.mv_refreshes m where m.run_id = run.run_id and m.ended_at is null) then
+    perform etl._fail_not_owned(run.run_id);
+  end if;
   select count(*) filter (where p.status = 'succeeded') as succeeded, count(*) filter (where p.status = 'failed') as failed,
          count(*) filter (where p.status = 'cancelled' or p.skip_reason = 'cancelled') as cancelled,
          count(*) filter (where p.status = 'skipped') as skipped, count(p.warnings) as warned

@@ -21,10 +21,10 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     when length(value) < (declaration->>'minLength')::int then format('is shorter than %s characters', declaration->>'minLength')
     when length(value) > (declaration->>'maxLength')::int then format('is longer than %s characters', declaration->>'maxLength')
     when value !~ (declaration->>'pattern') then format('does not match the pattern %s', declaration->>'pattern')
-    when declaration->>'format' = 'date' and not (value ~ '^\d{4}-\d\d-\d\d$' and etl._is_a(value, 'date'))
+    when declaration->>'format' = 'date' and not (value ~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}$' and etl._is_a(value, 'date'))
       then 'is not a date (YYYY-MM-DD)'
     when declaration->>'format' = 'date-time'
-         and not (value ~* '^\d{4}-\d\d-\d\d[t ]\d\d:\d\d(:\d\d(\.\d+)?)?(z|[+-]\d\d(:?\d\d)?)$' and etl._is_a(value, 'date-time'))
+         and not (value ~* '^[0-9]{4}-[0-9]{2}-[0-9]{2}[t ][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(z|[+-][0-9]{2}(:?[0-9]{2})?)$' and etl._is_a(value, 'date-time'))
       then 'is not a date-time with a time zone (YYYY-MM-DDThh:mm:ssZ)'
     when declaration->>'format' = 'uuid' and value !~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then 'is not a UUID'
   end

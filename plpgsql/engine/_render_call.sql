@@ -10,7 +10,7 @@ declare
 begin
   -- A $n directly after a letter, digit or quote belongs to an identifier.
   loop
-    v_match := regexp_match(v_rest, '^(.*?[^a-zA-Z0-9_$"])\$([1-5])(.*)$');
+    v_match := regexp_match(v_rest, '^(.*?[^a-zA-Z0-9_$"])[$]([1-5])(.*)$');
     exit when v_match is null;
     v_result := v_result || v_match[1] || v_values[v_match[2]::int];
     v_rest := v_match[3];

@@ -39,6 +39,7 @@ declare
   v_procedure etl.procedures;
   v_since     text;
   v_until     text;
+  v_sqlstate  text; v_message text; v_detail text; v_hint text;
 begin
   select * into strict v_step from etl.procedure_runs p
    where p.run_id = run.run_id and p.order_index = _fix_window.order_index and p.attempt = _fix_window.attempt;
@@ -48,8 +49,18 @@ begin
   select p.window_until into v_until from etl.procedure_runs p
    where p.run_id = v_step.run_id and p.scope_index = v_step.scope_index and p.state_key = v_step.state_key and p.window_until is not null
    limit 1;
-  v_until := coalesce(v_until, etl._upper_bound(v_step.watermark_strategy, v_procedure.watermark_sources, v_procedure.delay_ms, run.as_of));
-  if etl._is_after(v_step.watermark_strategy, v_since, v_until) then v_until := v_since; end if;
+  -- A source that cannot be read fails this step, in its scope (etl._execute_step), and not the run.
+  begin
+    v_until := coalesce(v_until, etl._upper_bound(v_step.watermark_strategy, v_procedure.watermark_sources, v_procedure.delay_ms, run.as_of));
+    if etl._is_after(v_step.watermark_strategy, v_since, v_until) then v_until := v_since; end if;
+  exception when query_canceled or assert_failure or others then
+    get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail, v_hint = pg_exception_hint;
+    if v_sqlstate = '57014' then perform etl._absorb_signal(); end if;
+    update etl.procedure_runs p
+       set sqlstate = v_sqlstate, error_message = v_message, error_detail = v_detail, error_hint = v_hint
+     where p.run_id = v_step.run_id and p.order_index = v_step.order_index and p.attempt = v_step.attempt;
+    return;
+  end;
   update etl.procedure_runs p
      set window_since = case when v_step.mode = 'incremental' then v_since end, window_until = v_until
    where p.run_id = v_step.run_id and p.order_index = v_step.order_index and p.attempt = v_step.attempt;

@@ -1,0 +1,157 @@
+"""What a hostile session, routine or configuration must not achieve."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.pipelines import Gate, Pipeline, messages_of, refused
+from tests.servers import Database, wait_until
+
+
+@pytest.fixture
+def pipeline(db: Database) -> Iterator[Pipeline]:
+    with Pipeline(db) as pipeline:
+        pipeline.sql("create table bronze.src (at timestamptz); create table bronze.numbered (id bigint)")
+        yield pipeline
+
+
+def watermark(strategy: str = "id", source: str = "bronze.numbered.id") -> dict[str, Any]:
+    return {"strategy": strategy, "source": [source], "state_key": "load", "delay_ms": 0}
+
+
+def test_a_source_that_is_gone_fails_its_step_and_not_the_run(pipeline: Pipeline) -> None:
+    pipeline.add("a_good")
+    pipeline.add("b_load", arguments="p_since bigint, p_until bigint", watermark=watermark())
+    pipeline.add("c_good")
+    pipeline.apply()
+    pipeline.sql("drop table bronze.numbered")
+    run = pipeline.start()
+    assert run.status == "failed"
+    assert pipeline.outcomes(run.run_id) == {"a_good": "succeeded", "b_load": "failed", "c_good": "succeeded"}
+    assert pipeline.step(run.run_id, "b_load")["error_code"] == "42P01"
+    assert pipeline.watermark("load") is None
+
+
+def test_a_state_key_does_not_change_its_strategy(pipeline: Pipeline) -> None:
+    window = "p_since text, p_until text"
+    pipeline.add("load", arguments=window, watermark=watermark("timestamp", "bronze.src.at"))
+    pipeline.apply()
+    pipeline.start()
+    with refused("PT422", "config.invalid") as refusal:
+        pipeline.change("load", watermark=watermark())
+    assert "the watermark of state_key load is of the timestamp strategy" in refusal.message
+    assert pipeline.start().status == "succeeded"
+
+
+def test_a_message_that_the_client_cannot_read_does_not_end_the_run(pipeline: Pipeline) -> None:
+    pipeline.add("a_broken", "raise exception 'не так'")
+    pipeline.add("b_good")
+    pipeline.apply()
+    client = pipeline.db.connect()
+    client.execute("set client_encoding = 'LATIN1'")
+    received = messages_of(client)
+    run = pipeline.start(client)
+    assert run.status == "failed"
+    assert pipeline.outcomes(run.run_id) == {"a_broken": "failed", "b_good": "succeeded"}
+    assert pipeline.step(run.run_id, "a_broken")["error_message"] == "не так"
+    assert any("a_broken failed" in message.text and "?? ???" in message.text for message in received)
+
+
+def test_a_code_too_long_to_notify_does_not_end_the_run(pipeline: Pipeline) -> None:
+    detail = """format('{"code": "%s"}', repeat('x', 9000))"""
+    pipeline.add("load", f"raise exception using errcode = 'PT999', message = 'no', detail = {detail}")
+    pipeline.apply()
+    run = pipeline.start()
+    assert run.status == "failed"
+    assert pipeline.step(run.run_id, "load")["error_code"] == "x" * 9000
+
+
+def test_a_step_cannot_make_the_rest_of_the_run_read_only(pipeline: Pipeline) -> None:
+    pipeline.add("a", "perform set_config('default_transaction_read_only', 'on', false)")
+    pipeline.add("b")
+    pipeline.apply()
+    assert pipeline.start().status == "succeeded"
+    assert pipeline.trace() == ["b"]
+
+
+def test_part_of_a_group_cannot_be_executed_by_hand(pipeline: Pipeline) -> None:
+    pipeline.add("a", group="g", transaction_scope="per_group")
+    pipeline.add("b", group="g", transaction_scope="per_group")
+    pipeline.apply()
+    session = pipeline.login("etl_operator")
+    with refused("42501", "run.not_owned"), session.transaction():
+        begun = session.execute("select run_id from etl._begin_run('{}')").fetchone()
+        assert begun is not None
+        session.execute("select etl._claim(%s, null, false)", begun)
+        session.execute("select etl._execute_scope(%s, 1, 1, etl._change_baseline())", begun)
+    assert pipeline.trace() == []
+
+
+def test_a_run_does_not_end_over_a_step_that_was_passed_by(pipeline: Pipeline) -> None:
+    pipeline.add("a")
+    pipeline.add("b", dependencies=["a"])
+    pipeline.apply()
+    session = pipeline.login("etl_operator")
+    with refused("42501", "run.not_owned"), session.transaction():
+        begun = session.execute("select run_id from etl._begin_run('{}')").fetchone()
+        assert begun is not None
+        session.execute("select etl._claim(%s, null, false)", begun)
+        session.execute("""select etl._claim(%s, '{"scope_index": 1}', true)""", begun)
+        session.execute("select etl._execute_scope(%s, 2, 2, etl._change_baseline())", begun)
+        session.execute("""select etl._claim(%s, '{"scope_index": 2}', false)""", begun)
+    assert pipeline.trace() == []
+
+
+def test_operators_on_the_callers_search_path_are_not_used(pipeline: Pipeline) -> None:
+    pipeline.conn.execute("create schema trap; grant usage, create on schema trap to etl_owner")
+    pipeline.sql(
+        "create function trap.jsonb_pair(jsonb, jsonb) returns boolean language sql as 'select 1 / 0 = 1';"
+        " create operator trap.? (leftarg = jsonb, rightarg = jsonb, function = trap.jsonb_pair);"
+        " create function trap.number_pair(float8, int) returns boolean language sql as 'select 1 / 0 = 1';"
+        " create operator trap.> (leftarg = float8, rightarg = int, function = trap.number_pair);"
+        " create function trap.ints(int[], int[]) returns boolean language sql as 'select 1 / 0 = 1';"
+        " create operator trap.<> (leftarg = int[], rightarg = int[], function = trap.ints)"
+    )
+    pipeline.add("a", "if nextval('silver.tries') = 1 then raise sqlstate '40001'; end if")
+    pipeline.sql("create sequence silver.tries")
+    pipeline.add("b", dependencies=["a"])
+    pipeline.apply()
+    pipeline.conn.execute("set search_path = trap")
+    assert pipeline.start().status == "succeeded"
+
+
+def test_bounds_of_a_check_are_numbers(pipeline: Pipeline) -> None:
+    bound = "0 and 1) and (select etl.freeze_full_refresh(true, 'x') is null"
+    check = {"name": "rows", "type": "row_count", "table": "silver.trace", "min": bound, "severity": "error"}
+    pipeline.add("a", checks=[check])
+    with refused("22P02"):
+        pipeline.apply()
+
+
+def test_parameters_are_validated_the_same_whatever_strings_mean_in_the_session(pipeline: Pipeline) -> None:
+    declaration = {"name": "day", "type": "string", "format": "date", "required": True}
+    pipeline.add("a", arguments="day date", params=[declaration])
+    pipeline.apply()
+    pipeline.conn.execute("set standard_conforming_strings = off")
+    assert pipeline.start(params={"a": {"day": "2026-01-02"}}).status == "succeeded"
+    with refused("PT422", "params.invalid"):
+        pipeline.start(params={"a": {"day": "yesterday"}})
+
+
+def test_a_step_does_not_end_between_a_forced_cancel_and_its_signal(pipeline: Pipeline) -> None:
+    pipeline.add("a", Gate.WAIT)
+    pipeline.apply()
+    canceller = pipeline.db.connect()
+    with pipeline.gate() as gate:
+        running = pipeline.start_in_background()
+        (worker,) = gate.wait_for_arrivals()
+        with canceller.transaction(force_rollback=True):
+            canceller.execute("select etl._request_cancel(max(run_id), null) from etl.runs")
+            gate.open()
+            wait_until(
+                pipeline.conn,
+                "select %s = any (pg_blocking_pids(%s))",
+                [canceller.info.backend_pid, worker],
+            )
+        assert running.result().status == "succeeded"
