@@ -213,6 +213,7 @@ create table etl.state (
   state_key              text primary key,
   strategy               text not null,
   last_success_watermark text,
+  procedure_ids          int[] not null default '{}',
   last_run_id            bigint references etl.runs,
   last_run_at            timestamptz,
   last_rowcount          bigint
@@ -221,6 +222,9 @@ comment on table etl.state is
   'Up to where each state_key is known complete. Moves only in the transaction that wrote the data.';
 comment on column etl.state.last_success_watermark is
   'A timestamptz, bigint or pg_snapshot as text, by strategy; null: nothing was read yet.';
+
+comment on column etl.state.procedure_ids is
+  'The procedures that have read up to the watermark. Another one must not take over the key: it would skip what lies before.';
 
 create table etl.state_history (
   state_history_id bigint generated always as identity primary key,

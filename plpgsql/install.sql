@@ -25,7 +25,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 443e0f38d79a9f5ce07ee2eb2f5e73f1981cc67aac00b804430806c63bb445f4
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 92afeb0fd1e4dda3e99ec7a35c64a581704cbaa8492a65feb6e42654ffd58cfc
+\set sha256 7d114ff5d20febb4333e6c656f09e62e4c8eb90100b44be022db9f547b91b3d8
 \ir install/migration.sql
 
 -- Engine

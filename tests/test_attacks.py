@@ -155,3 +155,57 @@ def test_a_step_does_not_end_between_a_forced_cancel_and_its_signal(pipeline: Pi
                 [canceller.info.backend_pid, worker],
             )
         assert running.result().status == "succeeded"
+
+
+def test_a_watermark_is_not_handed_to_a_procedure_that_has_not_read_up_to_it(pipeline: Pipeline) -> None:
+    for name in ("a", "b"):
+        pipeline.add(
+            name, arguments="p_since bigint, p_until bigint", watermark=watermark() | {"state_key": name}
+        )
+    pipeline.apply()
+    pipeline.start()
+    a, b = pipeline.procedures
+    a["watermark"], b["watermark"] = b["watermark"], a["watermark"]
+    with refused("PT422", "config.invalid") as refusal:
+        pipeline.apply()
+    assert sorted(problem["loc"][1] for problem in refusal.detail["errors"]) == ["a", "b"]
+    assert "has not read" in refusal.message
+    a["watermark"], b["watermark"] = b["watermark"], a["watermark"]
+    pipeline.apply()
+
+
+def test_a_procedure_that_was_removed_comes_back_to_its_own_watermark(pipeline: Pipeline) -> None:
+    pipeline.add("load", arguments="p_since bigint, p_until bigint", watermark=watermark())
+    pipeline.add("other")
+    pipeline.apply()
+    pipeline.start()
+    removed = pipeline.procedures.pop(0)
+    pipeline.apply()
+    pipeline.procedures.insert(0, removed)
+    pipeline.apply()
+    assert pipeline.start().status == "succeeded"
+
+
+def test_a_temporary_table_of_the_caller_is_not_taken_for_a_step_s_own(pipeline: Pipeline) -> None:
+    pipeline.add("load", "create temp table if not exists stage (id int); insert into stage values (1)")
+    pipeline.apply()
+    operator = pipeline.login("etl_operator")
+    operator.execute("create temp table stage (id int)")
+    run = pipeline.start(operator)
+    assert run.status == "failed"
+    step = pipeline.step(run.run_id, "load")
+    assert step["error_code"] == "session.temporary_objects"
+    assert "stage" in step["error_message"]
+    operator.execute("discard temp")
+    assert pipeline.start(operator).status == "succeeded"
+
+
+def test_a_window_without_time_zone_is_refused(pipeline: Pipeline) -> None:
+    pipeline.add(
+        "load",
+        arguments="p_since timestamp, p_until timestamp",
+        watermark=watermark("timestamp", "bronze.src.at"),
+    )
+    with refused("PT422", "config.invalid") as refusal:
+        pipeline.apply()
+    assert "is of type timestamp without time zone" in refusal.message

@@ -27,7 +27,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
              procedure#>>'{watermark,strategy}', w.types[1]),
            format('declare it as one of: %s', array_to_string(w.types, ', '))
       from arguments a
-      join (values ('timestamp', array['timestamp with time zone', 'timestamp without time zone', 'text']),
+      join (values ('timestamp', array['timestamp with time zone', 'text']),
                    ('id', array['bigint', 'numeric', 'text']), ('xid', array['pg_snapshot', 'text'])) w(strategy, types)
         on w.strategy = procedure#>>'{watermark,strategy}'
      where a.binding in ('p_since', 'p_until') and a.type <> all (w.types)
@@ -110,6 +110,14 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       from procedure p where jsonb_typeof(p.definition->'watermark') = 'object' group by p.definition#>>'{watermark,state_key}'
     having count(*) > 1 and (count(distinct p.definition->>'group') <> 1 or bool_or(p.definition->>'group' is null)
                              or bool_or(p.definition->>'transaction_scope' <> 'per_group'))
+    union all
+    select jsonb_build_array('procedures', p.name, 'watermark', 'state_key'),
+           format('state_key %s already stands at %s, up to where %s has not read', t.state_key, t.last_success_watermark, p.name),
+           'give it a state_key of its own, so that it begins at the beginning'
+      from procedure p
+      join etl.state t on t.state_key = p.definition#>>'{watermark,state_key}' and t.last_success_watermark is not null
+     where not exists (select from etl.procedures q join etl.pipelines l using (pipeline_id)
+                        where l.name = config->>'pipeline' and q.name = p.name and q.procedure_id = any (t.procedure_ids))
     union all
     select jsonb_build_array('procedures', p.name, 'watermark', 'state_key'),
            format('state_key %s belongs to procedure %s of pipeline %s', o.state_key, o.name, l.name), 'give it its own state_key'

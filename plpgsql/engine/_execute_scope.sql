@@ -61,6 +61,24 @@ comment on function etl._apply_settings(jsonb) is
   'Sets lock_timeout and search_path for a step. Pins no search_path itself, or what it sets would end with it.';
 revoke all on function etl._apply_settings(jsonb) from public;
 
+-- A routine that says create temp table if not exists would otherwise use one that the caller has made, with triggers
+-- of the caller's that run as the owner of the steps.
+create or replace function etl._check_temporary_objects() returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_names text := (select string_agg(c.relname, ', ' order by c.relname) from pg_catalog.pg_class c
+                    where c.relnamespace = pg_my_temp_schema() and c.relkind <> 'i' and not pg_has_role(c.relowner, 'etl_owner', 'member')
+                      and c.relowner <> 'etl_owner'::regrole);
+begin
+  if v_names is not null then
+    perform etl._fail('PT409', 'session.temporary_objects', format('this session has temporary objects that steps could mistake for their own: %s', v_names),
+      'drop them (discard temp), or start the run from another session');
+  end if;
+end $$;
+comment on function etl._check_temporary_objects() is
+  'Raises PT409 session.temporary_objects when the session has temporary objects of a role that is not a member of etl_owner.';
+revoke all on function etl._check_temporary_objects() from public;
+
 -- One step: settings, the routine, what it changed, checks, watermark, outcome.
 create or replace function etl._execute_step(step etl.procedure_runs, inout seen jsonb, out event jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -114,6 +132,7 @@ begin
   if v_steps = '{}' or not pg_try_advisory_xact_lock(6435443, v_steps[1].pipeline_id) then perform etl._fail_not_owned(run_id); end if;
   if cardinality(v_steps) > 1 then seen := seen || jsonb_build_object('start', seen->'tables'); end if;
   begin
+    if pg_my_temp_schema() <> 0 then perform etl._check_temporary_objects(); end if;
     foreach v_step in array v_steps loop
       v_result := etl._execute_step(v_step, seen);
       seen := v_result.seen;

@@ -86,6 +86,7 @@ begin
   end if;
   update etl.state s
      set last_success_watermark = step.window_until, strategy = step.watermark_strategy, last_run_id = step.run_id,
+         procedure_ids = case when step.procedure_id = any (s.procedure_ids) then s.procedure_ids else s.procedure_ids || step.procedure_id end,
          last_run_at = clock_timestamp(), last_rowcount = row_count
    where s.state_key = step.state_key;
   if v_state.last_success_watermark is distinct from step.window_until then
