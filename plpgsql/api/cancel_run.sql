@@ -78,7 +78,7 @@ comment on function etl._signal_worker(bigint) is 'Cancels the statement of a ru
 revoke all on function etl._signal_worker(bigint) from public;
 grant execute on function etl._signal_worker(bigint) to etl_operator;
 
--- Nobody cancels a wait to see the next attempt start: an interruption ends the run, like one of a step.
+-- An interrupted wait ends the run, like an interrupted step.
 create or replace function etl._is_cancelled(run_id bigint, interruption text) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -87,8 +87,7 @@ begin
   if interruption is not null then perform etl._absorb_signal(); end if;
   v_run := etl._check_owner(run_id);
   if v_run.cancel_requested_at is null and interruption is not null then
-    update etl.runs r set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = interruption
-     where r.run_id = _is_cancelled.run_id and r.cancel_requested_at is null;
+    perform etl._note_interruption(run_id, interruption);
   end if;
   return v_run.cancel_requested_at is not null or interruption is not null;
 end $$;

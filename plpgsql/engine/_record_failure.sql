@@ -93,6 +93,17 @@ end $$;
 comment on function etl._record_refresh_failure(etl.run_scopes, jsonb) is 'Writes the failure of a refresh; the data stays.';
 revoke all on function etl._record_refresh_failure(etl.run_scopes, jsonb) from public;
 
+-- Nobody cancels one statement, or a wait, to see the next one start: an interruption asks the run to stop. Whoever asked
+-- first stays on record.
+create or replace function etl._note_interruption(run_id bigint, reason text) returns void
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  update etl.runs r
+     set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = _note_interruption.reason
+   where r.run_id = _note_interruption.run_id and r.cancel_requested_at is null
+$$;
+comment on function etl._note_interruption(bigint, text) is 'Records that a run is to stop because its session was interrupted.';
+revoke all on function etl._note_interruption(bigint, text) from public;
+
 -- Returns the milliseconds to wait before the scope is claimed again, or null: the run goes on with what is left.
 create or replace function etl._record_failure(run_id bigint, scope_index int, failure jsonb) returns float8
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan set jit = off as $$
@@ -104,11 +115,7 @@ declare
 begin
   select * into strict v_scope from etl.run_scopes s
    where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
-  -- Nobody cancels one statement to see the next one start: a cancel ends the run.
-  if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then
-    update etl.runs r set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = failure->>'message'
-     where r.run_id = _record_failure.run_id and r.cancel_requested_at is null;
-  end if;
+  if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then perform etl._note_interruption(run_id, failure->>'message'); end if;
   if v_scope.kind = 'refresh' then
     perform etl._record_refresh_failure(v_scope, failure);
   else
