@@ -62,6 +62,7 @@ create table etl.procedures (
   watermark_sources     text[],
   state_key             text,
   delay_ms              int not null,
+  on_empty              text not null default 'run',
   max_attempts          int not null,
   backoff_ms            int not null,
   max_backoff_ms        int not null,
@@ -78,6 +79,7 @@ create table etl.procedures (
   constraint isolation_is_known check (isolation in ('read committed', 'repeatable read', 'serializable')),
   constraint watermark_strategy_is_known check (watermark_strategy in ('timestamp', 'id', 'xid')),
   constraint a_watermark_has_a_state_key check ((watermark_strategy is null) = (state_key is null)),
+  constraint on_empty_is_run_or_skip check (on_empty in ('run', 'skip')),
   constraint on_failure_is_continue_or_stop check (on_failure in ('continue', 'stop')),
   constraint there_is_at_least_one_attempt check (max_attempts >= 1)
 );
@@ -88,6 +90,12 @@ comment on column etl.procedures.call_sql is
   'The statement that runs the routine: $1 mode, $2 since, $3 until (text), $4 run id, $5 parameters (jsonb).';
 comment on column etl.procedures.rows_column is
   'The output column of call_sql that holds the number of rows, or null when the routine does not report one.';
+comment on column etl.procedures.watermark_sources is
+  'Columns (schema.table.column) by which new rows are told, or one query that returns the newest value to read.';
+comment on column etl.procedures.delay_ms is 'How far the end of a window of timestamps stays behind the safe bound, milliseconds.';
+comment on column etl.procedures.on_empty is 'What a step does whose window holds no row: run, or skip.';
+comment on column etl.procedures.max_window is
+  'The longest window one transaction reads: milliseconds, a number of ids, or a number of transactions, by strategy. Null: all of it.';
 comment on column etl.procedures.checks is 'Checks with the compiled query of each: it returns the number of violations.';
 
 create table etl.dependencies (

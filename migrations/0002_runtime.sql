@@ -8,9 +8,9 @@ create cast (boolean as etl.dry_run) with inout as implicit;
 
 -- Domains and not checks of the tables: an update that leaves such a column alone does not pay for it.
 create domain etl.attempt_status as text constraint attempt_status_is_known check (value in
-  ('pending', 'running', 'succeeded', 'failed', 'retrying', 'rolled_back', 'skipped', 'cancelled', 'abandoned'));
+  ('pending', 'running', 'succeeded', 'advanced', 'failed', 'retrying', 'rolled_back', 'skipped', 'cancelled', 'abandoned'));
 comment on domain etl.attempt_status is
-  'pending, running; ended: succeeded, failed, retrying (failed, and tried again), rolled_back (with its group), skipped, cancelled, abandoned.';
+  'pending, running; ended: succeeded, advanced (a slice was committed, the next one follows), failed, retrying (failed, and tried again), rolled_back (with its group), skipped, cancelled, abandoned.';
 create domain etl.skip_reason as text constraint skip_reason_is_known check (value in
   ('upstream_failed', 'cancelled', 'no_data', 'reused', 'stopped'));
 comment on domain etl.skip_reason is 'Why something was not started.';
@@ -42,6 +42,7 @@ comment on type etl.plan_item is
 
 create table etl.runs (
   run_id              bigint generated always as identity primary key,
+  kind                text not null default 'run',
   pipeline_id         int not null references etl.pipelines,
   config_version_id   bigint not null references etl.config_versions,
   parent_run_id       bigint references etl.runs,
@@ -57,6 +58,7 @@ create table etl.runs (
   approved_by         text,
   reason              text,
   max_concurrency     int not null,
+  pause_ms            int not null default 0,
   step_count          int not null,
   submitted_at        timestamptz not null default clock_timestamp(),
   started_at          timestamptz,
@@ -69,6 +71,7 @@ create table etl.runs (
   duration_ms         numeric(16, 3) generated always as (extract(epoch from ended_at - started_at) * 1000) stored,
   error_code          text,
   error_message       text,
+  constraint kind_is_run_or_backfill check (kind in ('run', 'backfill')),
   constraint mode_is_incremental_or_full check (mode in ('incremental', 'full')),
   constraint status_is_known check (status in
     ('queued', 'running', 'succeeded', 'completed_with_warnings', 'failed', 'cancelled', 'abandoned')),
@@ -77,14 +80,17 @@ create table etl.runs (
   constraint a_failed_run_says_why check (status not in ('failed', 'abandoned') or error_code is not null),
   constraint a_full_refresh_has_a_reason check (mode is distinct from 'full' or reason is not null)
 ) with (fillfactor = 80);
-create unique index one_run_per_pipeline_is_active on etl.runs (pipeline_id) where status = 'running';
+create unique index one_run_per_pipeline_is_active on etl.runs (pipeline_id) where status = 'running' and kind = 'run';
 create index runs_pipeline_id_run_id on etl.runs (pipeline_id, run_id desc);
 comment on table etl.runs is 'One row per request to execute procedures. Immutable once ended. Source: etl.start_run.';
+comment on column etl.runs.kind is
+  'run: moves watermarks, one at a time per pipeline. backfill: reads a past range beside it and leaves the watermarks alone.';
+comment on column etl.runs.pause_ms is 'How long to wait after each scope, milliseconds.';
 comment on column etl.runs.mode is 'The mode asked for; null when each procedure runs in its own default mode.';
 comment on column etl.runs.parameters is 'The parameters as they were used, by procedure, defaults included.';
 comment on column etl.runs.fingerprint is 'Digest of the request: the same idempotency key with another request is refused.';
 comment on column etl.runs.requested_by is 'The role that asked: the SET ROLE in force, else the login.';
-comment on column etl.runs.worker_pid is 'Backend that walks the run; it also holds the advisory lock (6435443, pipeline_id).';
+comment on column etl.runs.worker_pid is 'Backend that walks the run; it also holds its advisory lock: (6435443, pipeline_id), or (6435443, -run_id) for a backfill.';
 comment on column etl.runs.duration_ms is 'From started_at to ended_at, milliseconds.';
 comment on column etl.runs.error_code is 'Stable code of the first failure, e.g. full_refresh.frozen, or its SQLSTATE.';
 
@@ -99,6 +105,7 @@ create table etl.run_scopes (
   required_by            int[] not null default '{}',
   precedes               int[] not null default '{}',
   attempt                int not null default 1,
+  slice_divisor          int not null default 1,
   remaining_dependencies etl.remaining_count not null,
   is_passed              boolean not null default false,
   primary key (run_id, scope_index)
@@ -106,6 +113,7 @@ create table etl.run_scopes (
 comment on table etl.run_scopes is
   'The units of transaction of a run, in topological order, each with the number of scopes it still waits for.';
 comment on column etl.run_scopes.required_by is 'Scopes that need this one to succeed.';
+comment on column etl.run_scopes.slice_divisor is 'By what max_window is divided: doubled when a slice ran out of a resource.';
 comment on column etl.run_scopes.attempt is 'The attempt at its steps that is pending or running.';
 comment on column etl.run_scopes.is_passed is 'For a barrier: all that comes before it has ended.';
 comment on column etl.run_scopes.precedes is 'Scopes that only have to come later (dimensions before facts).';
@@ -130,12 +138,15 @@ create table etl.procedure_runs (
   dependencies       jsonb not null,
   statement          text not null,
   rows_column        text,
-  pipeline_id        int not null,
+  lock_key           int not null,
   settings           jsonb,
   watermark_strategy text,
   state_key          text,
   window_since       text,
   window_until       text,
+  window_goal        text,
+  slice_index        int not null default 1,
+  held_back_by       text,
   status             etl.attempt_status not null default 'pending',
   skip_reason        etl.skip_reason,
   worker_pid         int,
@@ -166,6 +177,11 @@ comment on column etl.procedure_runs.settings is 'lock_timeout_ms, search_path a
 comment on column etl.procedure_runs.worker_pid is 'Backend that executes or executed the attempt.';
 comment on column etl.procedure_runs.window_since is 'Start of the window read, inclusive; null: from the beginning.';
 comment on column etl.procedure_runs.window_until is 'End of the window read, exclusive.';
+comment on column etl.procedure_runs.window_goal is
+  'Up to where the step reads in all, exclusive, when its window is read in slices (max_window); else null.';
+comment on column etl.procedure_runs.slice_index is 'Which slice of the window the attempt reads, from 1.';
+comment on column etl.procedure_runs.held_back_by is 'What kept the end of the window from being newer, when it was older than usual.';
+comment on column etl.procedure_runs.lock_key is 'The advisory lock of its run is (6435443, lock_key).';
 comment on column etl.procedure_runs.duration_ms is 'From started_at to ended_at, milliseconds.';
 comment on column etl.procedure_runs.rows_affected is
   'Rows as the routine returned them; when it returns none, rows inserted, updated and deleted in all tables.';
@@ -216,13 +232,18 @@ create table etl.state (
   procedure_ids          int[] not null default '{}',
   last_run_id            bigint references etl.runs,
   last_run_at            timestamptz,
-  last_rowcount          bigint
+  last_rowcount          bigint,
+  fence                  jsonb,
+  server_id              bigint
 ) with (fillfactor = 50);
 comment on table etl.state is
   'Up to where each state_key is known complete. Moves only in the transaction that wrote the data.';
 comment on column etl.state.last_success_watermark is
   'A timestamptz, bigint or pg_snapshot as text, by strategy; null: nothing was read yet.';
-
+comment on column etl.state.fence is
+  'For ids: a bound read earlier and the writers that must end before it is safe: {"bound", "stage", "writers"}.';
+comment on column etl.state.server_id is
+  'For snapshots: system_identifier of the cluster whose transactions the watermark counts.';
 comment on column etl.state.procedure_ids is
   'The procedures that have read up to the watermark. Another one must not take over the key: it would skip what lies before.';
 
@@ -240,6 +261,16 @@ create table etl.state_history (
 );
 create index state_history_state_key on etl.state_history (state_key, state_history_id desc);
 comment on table etl.state_history is 'Every move of every watermark. Append-only. Source: the engine and etl.set_watermark.';
+
+create table etl.watermark_ticks (
+  state_key text not null,
+  ticked_at timestamptz not null default clock_timestamp(),
+  bound     text not null,
+  primary key (state_key, ticked_at)
+);
+comment on table etl.watermark_ticks is
+  'What was safe to read, and when: so as_of can mean a moment for ids and snapshots too. Source: each run, and etl.tick_watermarks.';
+comment on column etl.watermark_ticks.bound is 'Exclusive end of what was safe to read at ticked_at.';
 
 create table etl.full_refresh_freezes (
   freeze_id  bigint generated always as identity primary key,

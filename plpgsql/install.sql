@@ -22,10 +22,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 
 -- Tables
 \set migration 0001_catalog
-\set sha256 443e0f38d79a9f5ce07ee2eb2f5e73f1981cc67aac00b804430806c63bb445f4
+\set sha256 a3202f166235bfd906a2306430ab991af1d8d5535c102a1c8d84e1aa034d7ac3
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 7d114ff5d20febb4333e6c656f09e62e4c8eb90100b44be022db9f547b91b3d8
+\set sha256 fa770ab136a5f8cfe61f8dc13854dd52c1835dfbec0f9fdd09d8a109c80e1b3a
 \ir install/migration.sql
 
 -- Engine

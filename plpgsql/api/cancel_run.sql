@@ -100,7 +100,7 @@ create or replace function etl._is_alive(run etl.runs) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select run.status = 'running' and exists (
     select from pg_catalog.pg_locks l
-     where l.locktype = 'advisory' and l.classid = 6435443 and l.objid = run.pipeline_id::oid and l.objsubid = 2 and l.granted
+     where l.locktype = 'advisory' and l.classid = 6435443 and l.objid = etl._lock_key(run)::oid and l.objsubid = 2 and l.granted
        and l.pid = run.worker_pid and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database()))
 $$;
 comment on function etl._is_alive(etl.runs) is 'Whether the session that executes a run still holds its lock.';

@@ -6,7 +6,7 @@
 -- It runs with the caller's search_path: operators only between values of one built-in type, the rest as pg_catalog functions,
 -- or an operator that somebody put on that path could run as the caller.
 -- SET TRANSACTION must directly follow the COMMIT: even an IF in between would take a snapshot.
-create or replace procedure etl._walk(run_id bigint, pipeline_id int)
+create or replace procedure etl._walk(run_id bigint, lock_key int, pause_ms int default 0)
 language plpgsql as $$
 declare
   v_next         etl.run_scopes;
@@ -16,32 +16,33 @@ declare
   v_interruption text;
   v_is_held      boolean;
 begin
-  v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
+  v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
   loop
     v_next := etl._claim(run_id, v_result, pg_catalog.cardinality(v_next.required_by) + pg_catalog.cardinality(v_next.precedes) > 0);
-    v_is_held := etl._hold(pipeline_id);
+    v_is_held := etl._hold(lock_key);
     if v_next.scope_index is null then
-      commit; v_is_held := pg_catalog.pg_advisory_unlock(6435443, pipeline_id);
+      commit; v_is_held := pg_catalog.pg_advisory_unlock(6435443, lock_key);
       return;
     end if;
     if v_next.isolation = 'serializable' then commit; set transaction isolation level serializable, read write;
     elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read, read write;
     else commit; set transaction isolation level read committed, read write; end if;
-    v_is_held := etl._rehold(pipeline_id);
+    v_is_held := etl._rehold(lock_key);
     if v_next.kind::text = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
     else v_result := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
-    v_is_held := etl._hold(pipeline_id);
-    if not pg_catalog.jsonb_exists(v_result, 'failure') then
-      commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
+    v_is_held := etl._hold(lock_key);
+    if pg_catalog.jsonb_exists(v_result, 'failure') then
+      rollback; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
+      v_delay := etl._record_failure(run_id, v_next.scope_index, pg_catalog.jsonb_object_field(v_result, 'failure'));
+      v_seen := etl._change_baseline();
+      v_result := null;
+      v_next := null;
+      v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
+    else
+      commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
       v_seen := coalesce(pg_catalog.jsonb_object_field(v_result, 'seen'), v_seen);
-      continue;
+      v_delay := pause_ms;
     end if;
-    rollback; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
-    v_delay := etl._record_failure(run_id, v_next.scope_index, pg_catalog.jsonb_object_field(v_result, 'failure'));
-    v_seen := etl._change_baseline();
-    v_result := null;
-    v_next := null;
-    v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
     while v_delay > 0::float8 loop
       v_interruption := null;
       begin
@@ -49,13 +50,13 @@ begin
       exception when query_canceled then v_interruption := sqlerrm;
       end;
       v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500::float8 end;
-      v_is_held := etl._hold(pipeline_id); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(pipeline_id);
+      v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
     end loop;
   end loop;
 end $$;
-comment on procedure etl._walk(bigint, int) is 'Executes the scopes of a run that this session owns until none is left. Called by the engine only.';
-revoke all on procedure etl._walk(bigint, int) from public;
-grant execute on procedure etl._walk(bigint, int) to etl_operator;
+comment on procedure etl._walk(bigint, int, int) is 'Executes the scopes of a run that this session owns until none is left. Called by the engine only.';
+revoke all on procedure etl._walk(bigint, int, int) from public;
+grant execute on procedure etl._walk(bigint, int, int) to etl_operator;
 
 create or replace procedure etl.start_run(
   mode text default null, procedures text[] default null, groups text[] default null, tags text[] default null,

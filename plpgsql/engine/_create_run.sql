@@ -90,9 +90,9 @@ create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_nestloop = off set jit = off as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
-    tx_scope, isolation, parameters, dependencies, statement, rows_column, pipeline_id, settings, watermark_strategy, state_key)
+    tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key)
   select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
-         i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, p.pipeline_id,
+         i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, r.lock_key,
          nullif(jsonb_strip_nulls(jsonb_build_object('lock_timeout_ms', p.lock_timeout_ms, 'search_path', nullif(l.search_path, '{}'),
                                                      'checks', nullif(p.checks, '[]'))), '{}'),
          p.watermark_strategy, p.state_key
@@ -100,6 +100,7 @@ begin
     join etl.procedures p using (procedure_id)
     join etl.pipelines l using (pipeline_id)
     join etl.run_scopes s on s.run_id = _insert_steps.run_id and s.scope_index = i.scope_index
+    cross join lateral (select etl._lock_key(x) as lock_key from etl.runs x where x.run_id = _insert_steps.run_id) r
     left join etl.group_members m on m.procedure_id = p.procedure_id
     left join etl.groups g using (group_id)
     left join etl._dependency_snapshots((select array_agg(x.procedure_id) from unnest(items) x where x.kind = 'steps')) d
@@ -120,7 +121,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_run etl.runs;
 begin
-  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_orphans.pipeline_id and r.status = 'running' for update loop
+  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_orphans.pipeline_id and r.status = 'running' and r.kind = 'run' for update loop
     update etl.procedure_runs p
        set status = 'abandoned', ended_at = clock_timestamp(), duration_ms = extract(epoch from clock_timestamp() - p.started_at) * 1000
      where p.run_id = v_run.run_id and p.ended_at is null;

@@ -1,4 +1,4 @@
--- The run lock: advisory lock (6435443, pipeline_id), hand over hand.
+-- The run lock: advisory lock (6435443, pipeline_id), or (6435443, -run_id) for a backfill; hand over hand.
 --
 -- It is held at transaction level while code runs, so that any error releases it, and at session level only across
 -- a COMMIT or ROLLBACK, so that nobody slips in between. Whoever dies leaves no lock: a run in status 'running'
@@ -7,19 +7,26 @@
 --
 -- Both are expressions that the planner inlines: they stand around every COMMIT, where a statement each would cost 10 us.
 -- Whoever calls them holds the lock already, so trying succeeds.
-create or replace function etl._hold(pipeline_id int) returns boolean
+create or replace function etl._hold(lock_key int) returns boolean
 language sql volatile
-return pg_try_advisory_lock(6435443, pipeline_id);
+return pg_try_advisory_lock(6435443, lock_key);
 comment on function etl._hold(int) is 'Takes the run lock at session level too, just before a COMMIT or ROLLBACK.';
 revoke all on function etl._hold(int) from public;
 grant execute on function etl._hold(int) to etl_operator;
 
-create or replace function etl._rehold(pipeline_id int) returns boolean
+create or replace function etl._rehold(lock_key int) returns boolean
 language sql volatile
-return pg_try_advisory_xact_lock(6435443, pipeline_id) and pg_advisory_unlock(6435443, pipeline_id);
+return pg_try_advisory_xact_lock(6435443, lock_key) and pg_advisory_unlock(6435443, lock_key);
 comment on function etl._rehold(int) is 'Takes the run lock at transaction level only, just after a COMMIT or ROLLBACK.';
 revoke all on function etl._rehold(int) from public;
 grant execute on function etl._rehold(int) to etl_operator;
+
+create or replace function etl._lock_key(run etl.runs) returns int
+language sql immutable
+return case run.kind when 'backfill' then -(run.run_id % 2147483647)::int else run.pipeline_id end;
+comment on function etl._lock_key(etl.runs) is 'The second key of the advisory lock of a run: its pipeline; for a backfill its own number, negative.';
+revoke all on function etl._lock_key(etl.runs) from public;
+grant execute on function etl._lock_key(etl.runs) to etl_reader;
 
 create or replace function etl._acquire(pipeline_id int) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -41,7 +48,7 @@ begin
     into v_holder
     from pg_catalog.pg_locks l
     left join pg_catalog.pg_stat_activity a on a.pid = l.pid
-    left join etl.runs r on r.pipeline_id = _acquire.pipeline_id and r.status = 'running'
+    left join etl.runs r on r.pipeline_id = _acquire.pipeline_id and r.status = 'running' and r.kind = 'run'
    where l.locktype = 'advisory' and l.classid = 6435443 and l.objid = _acquire.pipeline_id::oid and l.objsubid = 2 and l.granted
      and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database());
   perform etl._fail('PT409', 'run.active',
@@ -71,7 +78,7 @@ revoke all on function etl._fail_not_owned(bigint) from public;
 
 create or replace function etl._is_owner(run etl.runs) returns boolean
 language sql volatile
-return run.status = 'running' and run.worker_pid = pg_backend_pid() and pg_try_advisory_xact_lock(6435443, run.pipeline_id);
+return run.status = 'running' and run.worker_pid = pg_backend_pid() and pg_try_advisory_xact_lock(6435443, etl._lock_key(run));
 comment on function etl._is_owner(etl.runs) is 'Whether this very session executes a run: it is the recorded worker and holds the run lock.';
 revoke all on function etl._is_owner(etl.runs) from public;
 

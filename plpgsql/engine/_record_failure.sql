@@ -20,10 +20,10 @@ create or replace function etl._prepare_attempt(scope etl.run_scopes) returns vo
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
-    tx_scope, isolation, parameters, dependencies, statement, rows_column, pipeline_id, settings, watermark_strategy, state_key, window_since,
+    tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, window_since,
     window_until)
   select p.run_id, p.order_index, p.attempt + 1, p.scope_index, p.procedure_id, p.procedure_name, p.procedure_type, p.group_name, p.mode,
-         p.tx_scope, p.isolation, p.parameters, p.dependencies, p.statement, p.rows_column, p.pipeline_id, p.settings, p.watermark_strategy, p.state_key,
+         p.tx_scope, p.isolation, p.parameters, p.dependencies, p.statement, p.rows_column, p.lock_key, p.settings, p.watermark_strategy, p.state_key,
          p.window_since, p.window_until
     from etl.procedure_runs p
    where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt;
