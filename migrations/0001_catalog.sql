@@ -83,6 +83,7 @@ create table etl.procedures (
   constraint on_failure_is_continue_or_stop check (on_failure in ('continue', 'stop')),
   constraint there_is_at_least_one_attempt check (max_attempts >= 1)
 );
+create index procedures_state_key on etl.procedures (state_key) where is_active;
 comment on table etl.procedures is
   'A configured transformation: a name, the routine that does it, and how it is to be run. Removed ones are deactivated, never deleted.';
 comment on column etl.procedures.routine_signature is 'The routine as the server resolved it when the configuration was applied.';
@@ -95,7 +96,7 @@ comment on column etl.procedures.watermark_sources is
 comment on column etl.procedures.delay_ms is 'How far the end of a window of timestamps stays behind the safe bound, milliseconds.';
 comment on column etl.procedures.on_empty is 'What a step does whose window holds no row: run, or skip.';
 comment on column etl.procedures.max_window is
-  'The longest window one transaction reads: milliseconds, a number of ids, or a number of transactions, by strategy. Null: all of it.';
+  'The longest window one transaction reads: a duration such as "1 day", a number of ids, or a number of transactions, by strategy. Null: all of it.';
 comment on column etl.procedures.checks is 'Checks with the compiled query of each: it returns the number of violations.';
 
 create table etl.dependencies (

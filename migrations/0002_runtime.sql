@@ -105,7 +105,7 @@ create table etl.run_scopes (
   required_by            int[] not null default '{}',
   precedes               int[] not null default '{}',
   attempt                int not null default 1,
-  slice_divisor          int not null default 1,
+  slice_width            numeric,
   remaining_dependencies etl.remaining_count not null,
   is_passed              boolean not null default false,
   primary key (run_id, scope_index)
@@ -113,7 +113,8 @@ create table etl.run_scopes (
 comment on table etl.run_scopes is
   'The units of transaction of a run, in topological order, each with the number of scopes it still waits for.';
 comment on column etl.run_scopes.required_by is 'Scopes that need this one to succeed.';
-comment on column etl.run_scopes.slice_divisor is 'By what max_window is divided: doubled when a slice ran out of a resource.';
+comment on column etl.run_scopes.slice_width is
+  'How much one slice reads: milliseconds, ids or transactions. Set when a slice ran out of a resource; null: max_window.';
 comment on column etl.run_scopes.attempt is 'The attempt at its steps that is pending or running.';
 comment on column etl.run_scopes.is_passed is 'For a barrier: all that comes before it has ended.';
 comment on column etl.run_scopes.precedes is 'Scopes that only have to come later (dimensions before facts).';

@@ -22,10 +22,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 
 -- Tables
 \set migration 0001_catalog
-\set sha256 a3202f166235bfd906a2306430ab991af1d8d5535c102a1c8d84e1aa034d7ac3
+\set sha256 4706dd74ed40e92f4063969317f15c7c470fbdc193bdcfa282355bc1e5a58aa9
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 fa770ab136a5f8cfe61f8dc13854dd52c1835dfbec0f9fdd09d8a109c80e1b3a
+\set sha256 77d56f2f28b81dd68ad4d9bb4979be907d0a0874d2dda406400506df71162666
 \ir install/migration.sql
 
 -- Engine
@@ -45,7 +45,12 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_request.sql
 \ir engine/_render_call.sql
 \ir engine/_create_run.sql
+\ir engine/_backfill.sql
+\ir engine/_begin_backfill.sql
+\ir engine/_horizon.sql
 \ir engine/_window.sql
+\ir engine/_slice.sql
+\ir engine/_upgrade_hint.sql
 \ir engine/_claim.sql
 \ir engine/_errors.sql
 \ir engine/_events.sql
@@ -62,21 +67,34 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_config.sql
 \ir engine/_check_config.sql
 \ir engine/_store_config.sql
+\ir engine/_contract.sql
+\ir engine/_contract_window.sql
+\ir engine/_contract_copy.sql
+\ir engine/_contract_checks.sql
+\ir engine/_contract_findings.sql
 
 -- Verbs
 \ir api/arrived.sql
+\ir api/touch_xid.sql
 \ir api/start_run.sql
 \ir api/plan_run.sql
+\ir api/backfill.sql
+\ir api/plan_backfill.sql
 \ir api/get_run.sql
 \ir api/list_procedures.sql
 \ir api/cancel_run.sql
 \ir api/freeze_full_refresh.sql
+\ir api/set_watermark.sql
+\ir api/rebase_watermark.sql
+\ir api/tick_watermarks.sql
 \ir api/plan_config.sql
 \ir api/apply_config.sql
 \ir api/diagnose.sql
+\ir api/test_procedure.sql
 
 -- Views
 \ir views.sql
+\ir watermarks.sql
 
 \ir install/finish.sql
 commit;

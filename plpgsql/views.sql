@@ -5,20 +5,22 @@ select r.run_id, l.name as pipeline, r.status, r.mode, r.requested_by, r.submitt
        coalesce(r.duration_ms, extract(epoch from clock_timestamp() - r.started_at) * 1000)::numeric(16, 3) as duration_ms,
        r.step_count, r.as_of, r.reason, r.approved_by, r.idempotency_key, r.parent_run_id, r.worker_pid,
        r.status = 'running' and not etl._is_alive(r) as is_dead,
-       r.cancel_requested_at, r.cancel_requested_by, r.cancel_reason, r.error_code, r.error_message
+       r.cancel_requested_at, r.cancel_requested_by, r.cancel_reason, r.error_code, r.error_message, r.kind
   from etl.runs r join etl.pipelines l using (pipeline_id);
 comment on view etl.run_history is
-  'Runs for people. duration_ms counts on while a run is active; is_dead: its session is gone, the next start marks it abandoned.';
+  'Runs and backfills (kind) for people. duration_ms counts on while a run is active; is_dead: its session is gone, the next start marks it abandoned.';
 
 create or replace view etl.step_history as
 select p.run_id, p.order_index, p.attempt, p.procedure_name as procedure, p.procedure_type as type, p.group_name, p.mode, p.status, p.skip_reason,
        p.started_at, p.ended_at, coalesce(p.duration_ms, extract(epoch from clock_timestamp() - p.started_at) * 1000)::numeric(16, 3) as duration_ms,
        p.rows_affected, p.table_counts, p.warnings, p.tx_scope, p.isolation, p.window_since, p.window_until, p.parameters, p.dependencies,
        etl._render_call(p.statement, p.mode, p.window_since, p.window_until, p.run_id, p.parameters) as statement,
-       p.error_class, p.error_code, p.sqlstate, p.error_message, p.error_detail, p.error_hint, p.error_context
+       p.error_class, p.error_code, p.sqlstate, p.error_message, p.error_detail, p.error_hint, p.error_context, p.window_goal, p.slice_index,
+       p.held_back_by
   from etl.procedure_runs p;
 comment on view etl.step_history is 'Attempts for people: the statement has its values written in.';
 
+-- Chunks of backfills say nothing about how runs fare: the lock of their run has a negative key.
 create or replace view etl.procedure_health as
 select p.name as procedure, p.type, l.name as pipeline, last.run_id as last_run_id, last.status as last_status, last.ended_at as last_ended_at,
        last.duration_ms as last_duration_ms, last.rows_affected as last_rows_affected, last.error_code as last_error_code,
@@ -26,10 +28,11 @@ select p.name as procedure, p.type, l.name as pipeline, last.run_id as last_run_
        s.last_success_watermark as watermark
   from etl.procedures p
   join etl.pipelines l using (pipeline_id)
-  left join lateral (select * from etl.procedure_runs r where r.procedure_id = p.procedure_id order by r.run_id desc, r.attempt desc limit 1) last on true
+  left join lateral (select * from etl.procedure_runs r where r.procedure_id = p.procedure_id and r.lock_key > 0
+                      order by r.run_id desc, r.attempt desc limit 1) last on true
   left join etl.state s on s.state_key = p.state_key
  where p.is_active;
-comment on view etl.procedure_health is 'How each active procedure last ended, when it last succeeded, and its watermark.';
+comment on view etl.procedure_health is 'How each active procedure last ended in a run, when it last succeeded in one, and its watermark. Backfills do not count.';
 
 create or replace view etl.run_events as
 select r.started_at as at, 'run_started' as event, r.run_id, null::int as order_index, null::text as procedure, r.mode, null::text as tx_scope,
@@ -51,4 +54,25 @@ select r.ended_at, 'run_' || r.status, r.run_id, null, null, r.mode, null, null,
   from etl.runs r where r.ended_at is not null;
 comment on view etl.run_events is 'What happened in each run, event by event, from the run tables. Source of b2s logs.';
 
-grant select on etl.run_history, etl.step_history, etl.procedure_health, etl.run_events to etl_reader;
+create or replace view etl.backfill_progress as
+select r.run_id, l.name as pipeline, array(select n.name from jsonb_array_elements_text(r.request->'procedures') n(name)) as procedures, r.status,
+       r.request->>'from' as from_, r.request->>'until' as until, r.request->>'chunk' as chunk, r.step_count as chunks_total,
+       c.done as chunks_done, c.failed as chunks_failed, r.step_count - c.done - c.failed as chunks_left, c.rows_affected,
+       round(c.rows_affected / nullif(e.seconds, 0), 1) as rows_per_second, round(60 * c.done / nullif(e.seconds, 0), 1) as chunks_per_minute, r.started_at,
+       case when e.is_alive and c.done > 0
+         then clock_timestamp() + (r.step_count - c.done - c.failed) * (c.mean_ms + r.pause_ms) * interval '1 ms' end as eta,
+       r.parent_run_id, r.status = 'running' and not e.is_alive as is_dead
+  from etl.runs r
+  join etl.pipelines l using (pipeline_id)
+  cross join lateral (
+    select count(*) filter (where p.status = 'succeeded')::int as done, count(*) filter (where p.status = 'failed')::int as failed,
+           coalesce(sum(p.rows_affected), 0)::bigint as rows_affected, avg(p.duration_ms) filter (where p.status = 'succeeded') as mean_ms
+      from etl.procedure_runs p where p.run_id = r.run_id) c
+  cross join lateral (
+    select etl._is_alive(r) as is_alive, coalesce(r.duration_ms / 1000, extract(epoch from clock_timestamp() - r.started_at)) as seconds) e
+ where r.kind = 'backfill';
+comment on view etl.backfill_progress is
+  'Backfills: range, chunks that succeeded (done), failed or are left, rows, rates, and when it will have ended (eta) at the mean time of a chunk. '
+  'Left are those not started yet, or never: etl.backfill(resume => run_id) takes them up, and those that failed.';
+
+grant select on etl.backfill_progress, etl.run_history, etl.step_history, etl.procedure_health, etl.run_events to etl_reader;

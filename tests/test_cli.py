@@ -1093,7 +1093,7 @@ def test_the_selection_of_run_and_plan_has_every_argument_of_start_run(cli: Cli,
 
 
 def test_the_next_command_names_a_pipeline_that_is_not_the_default_one() -> None:
-    step = {"order_index": 1, "attempt": 1, "procedure": "silver.a", "status": "failed"}
+    step = {"order_index": 1, "attempt": 1, "procedure": "silver.a", "status": "failed", "skip_reason": None}
     run = {"run_id": 1, "pipeline": "sales", "status": "failed", "is_dead": False, "steps": [step]}
     expected = "silver.a    once the cause is repaired"
     assert next_steps(run) == [f"b2s run --pipeline sales {expected}"]

@@ -142,6 +142,7 @@ def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: P
             "source": ["bronze.loc.ingested_at"],
             "state_key": "customers",
             "delay_ms": 5000,
+            "on_empty": "run",
         },
         "retries": {"attempts": 3, "backoff_ms": 2000, "max_backoff_ms": 30000},
         "timeout_ms": None,
@@ -203,6 +204,7 @@ def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: P
             "source": ["bronze.sales.id"],
             "state_key": "silver.fact_sales",
             "delay_ms": 0,
+            "on_empty": "run",
         },
         "retries": {"attempts": 5, "backoff_ms": 2000, "max_backoff_ms": 60000},
         "timeout_ms": 1_800_000,
@@ -539,7 +541,7 @@ FIELDS: list[tuple[str, str, str]] = [
     (
         "a window for xid",
         HEAD + "    watermark: {strategy: xid, source: a.b.c}\n    max_window: 1d\n",
-        "6:5 max_window has no meaning for the xid",
+        "6:17 max_window must be a whole number of transactions",
     ),
     (
         "concurrently: yes",

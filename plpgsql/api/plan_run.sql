@@ -12,7 +12,7 @@ revoke all on function etl._plan_notes(jsonb) from public;
 create or replace function etl._show_plan(request jsonb)
 returns table (order_index int, scope_index int, kind text, name text, procedure_type text, group_name text, mode text, tx_scope text,
   isolation text, depends_on text[], window_since text, window_until text, parameters jsonb, statement text, notes text)
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_plan     record := etl._plan(request);
   v_items    etl.plan_item[] := v_plan.items;
@@ -26,7 +26,7 @@ begin
              else (select array_agg(q.name order by q.name) from unnest(v_items) s join etl.procedures q using (procedure_id)
                     where s.order_index = any (i.feeders)) end,
            w.since, w.until, i.parameters, etl._render_call(p.call_sql, i.mode, w.since, w.until, null, i.parameters),
-           case when i.kind = 'steps' then etl._plan_notes(n.dependencies)
+           case when i.kind = 'steps' then nullif(concat_ws('; ', etl._plan_notes(n.dependencies), w.notes), '')
                 else format('after %s, on %s, %s', i.refresh_after, i.refresh_on,
                        case when i.concurrency <> 'false' and etl._can_refresh_concurrently(to_regclass(i.mv_name)) then 'concurrently'
                             when i.concurrency <> 'false' and etl._can_refresh_concurrently(to_regclass(i.mv_name)) is null then 'which does not exist'
@@ -44,16 +44,24 @@ comment on function etl._show_plan(jsonb) is 'The plan of a request as rows.';
 revoke all on function etl._show_plan(jsonb) from public;
 grant execute on function etl._show_plan(jsonb) to etl_reader;
 
-create or replace function etl._preview_window(procedure etl.procedures, mode text, as_of timestamptz, out since text, out until text)
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+create or replace function etl._preview_window(procedure etl.procedures, mode text, as_of timestamptz, out since text, out until text, out notes text)
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_window record;
 begin
   if procedure.state_key is null then return; end if;
-  since := (select s.last_success_watermark from etl.state s where s.state_key = procedure.state_key);
-  until := etl._upper_bound(procedure.watermark_strategy, procedure.watermark_sources, procedure.delay_ms, as_of);
-  if etl._is_after(procedure.watermark_strategy, since, until) then until := since; end if;
-  if mode = 'full' then since := null; end if;
+  v_window := etl._window(procedure, mode, as_of, 100);
+  since := v_window.since; until := v_window.until;
+  notes := concat_ws('; ', 'held back by ' || v_window.held_back_by,
+    case when mode = 'incremental' and procedure.max_window is not null and procedure.transaction_scope = 'per_group'
+         then 'max_window has no effect in a group that is one transaction'
+         when mode = 'incremental' and procedure.max_window is not null then nullif('read in slices, the first one up to ' || etl._slice_end(procedure, since, until, null), 'read in slices, the first one up to ' || until) end,
+    case when mode = 'incremental' and procedure.on_empty = 'skip' and not etl._has_rows(procedure, since, until) then 'nothing to read: it is skipped' end,
+    etl._upgrade_hint(procedure));
+exception when others then
+  notes := format('no window: %s', sqlerrm);
 end $$;
-comment on function etl._preview_window(etl.procedures, text, timestamptz) is 'The window that a step would get if it started now.';
+comment on function etl._preview_window(etl.procedures, text, timestamptz) is 'The window that a step would get if it started now, and what is to be said of it.';
 revoke all on function etl._preview_window(etl.procedures, text, timestamptz) from public;
 
 create or replace function etl.plan_run(
@@ -65,7 +73,7 @@ create or replace function etl.plan_run(
   max_concurrency int default null, pipeline text default null)
 returns table (order_index int, scope_index int, kind text, name text, procedure_type text, group_name text, step_mode text, tx_scope text,
   isolation text, depends_on text[], window_since text, window_until text, parameters jsonb, statement text, notes text)
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql volatile set search_path = pg_catalog, pg_temp as $$
   select * from etl._show_plan(etl._request(mode, procedures, groups, tags, with_upstream, with_downstream, as_of, params, transaction_scope,
     mv_refresh, null, confirm_full_refresh, approved_by, reason, max_concurrency, pipeline))
 $$;

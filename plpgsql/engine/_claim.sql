@@ -81,7 +81,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
      and (m.refresh_on = 'success' and exists (
             select from unnest(m.feeders) f(order_index)
              where not exists (select from etl.procedure_runs p
-                                where p.run_id = m.run_id and p.order_index = f.order_index and p.status = 'succeeded'))
+                                where p.run_id = m.run_id and p.order_index = f.order_index
+                                  and (p.status = 'succeeded' or p.skip_reason = 'no_data')))
           or exists (select from etl.mv_refreshes d
                       where d.run_id = m.run_id and d.scope_index = any (m.depends_on) and d.status <> 'succeeded'))
 $$;
@@ -129,13 +130,22 @@ begin
          and p.attempt = scope.attempt;
       v_has_window := true;
     end if;
-    if v_has_window or v_name is not null and current_setting('b2s.progress', true) = 'json' then perform etl._open_steps(run, scope); end if;
+    if v_has_window or v_name is not null and current_setting('b2s.progress', true) = 'json' then
+      perform etl._open_steps(run, scope);
+      -- Steps whose window holds no row may have been skipped; when nothing is left of the scope, what waits for it goes on.
+      if not exists (select from etl.procedure_runs p
+                      where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
+                        and p.attempt = scope.attempt and p.status = 'running') then
+        perform etl._release(run.run_id, scope.scope_index);
+        return false;
+      end if;
+    end if;
   end if;
   if v_name is null then return false; end if;
   return set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false) is not null;
 end $$;
 comment on function etl._take_scope(etl.runs, etl.run_scopes) is
-  'Marks the steps or the refresh of a scope running in this session and fixes windows; false when another session was faster.';
+  'Marks the steps or the refresh of a scope running in this session and fixes windows; false when another session was faster, or nothing was left to run.';
 revoke all on function etl._take_scope(etl.runs, etl.run_scopes) from public;
 
 -- The next scope that can be taken, taken: past barriers and refreshes that must not happen. Null when none is left.
@@ -172,20 +182,22 @@ create or replace function etl._claim(run_id bigint, done jsonb, is_awaited bool
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
   set enable_sort = off set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
-  v_run    etl.runs;
-  v_ended  int := coalesce((done->>'scope_index')::int, 0);
-  v_scope  etl.run_scopes;
-  v_is_set boolean;
+  v_run     etl.runs;
+  v_ended   int := coalesce((done->>'scope_index')::int, 0);
+  -- A slice was committed, and the next one of the same step follows.
+  v_is_over boolean := not coalesce(done ? 'goes_on', false);
+  v_scope   etl.run_scopes;
+  v_is_set  boolean;
 begin
   select * into v_run from etl.runs r where r.run_id = _claim.run_id;
   if etl._is_owner(v_run) is not true then perform etl._fail_not_owned(run_id); end if;
   for i in 0 .. coalesce(jsonb_array_length(done->'events'), 0) - 1 loop
     v_is_set := etl._announce(done->'events'->i);
   end loop;
-  if is_awaited then perform etl._release(run_id, v_ended); end if;
+  if is_awaited and v_is_over then perform etl._release(run_id, v_ended); end if;
   if v_run.cancel_requested_at is not null then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled'); end if;
   select * into v_scope from etl.run_scopes s
-   where s.run_id = _claim.run_id and s.scope_index = v_ended + 1 and s.kind = 'steps' and s.remaining_dependencies = 0;
+   where s.run_id = _claim.run_id and s.scope_index = v_ended + v_is_over::int and s.kind = 'steps' and s.remaining_dependencies = 0;
   if not found or not etl._take_scope(v_run, v_scope) then v_scope := etl._take_next(v_run, v_ended); end if;
   if v_scope.scope_index is null then
     perform etl._finish_run(v_run);

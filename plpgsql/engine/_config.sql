@@ -8,6 +8,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
     'procedures', (select coalesce(jsonb_object_agg(p->>'name', jsonb_strip_nulls(p || jsonb_build_object(
         'dependencies', (select coalesce(jsonb_agg(d order by d), '[]') from jsonb_array_elements_text(p->'dependencies') d),
         'tags', (select coalesce(jsonb_agg(t order by t), '[]') from jsonb_array_elements_text(p->'tags') t),
+        'watermark', case jsonb_typeof(p->'watermark') when 'object' then '{"delay_ms": 0, "on_empty": "run"}' || jsonb_strip_nulls(p->'watermark') end,
         'mv_refresh', (select coalesce(jsonb_agg(m || jsonb_build_object('concurrently', m->>'concurrently') order by m->>'name'), '[]')
                          from jsonb_array_elements(p->'mv_refresh') m)))), '{}')
       from jsonb_array_elements(config->'procedures') p))
@@ -32,7 +33,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     'retries', jsonb_build_object('attempts', p.max_attempts, 'backoff_ms', p.backoff_ms, 'max_backoff_ms', p.max_backoff_ms),
     'checks', (select coalesce(jsonb_agg(c - 'sql' order by n), '[]') from jsonb_array_elements(p.checks) with ordinality x(c, n)),
     'watermark', case when p.state_key is not null then jsonb_build_object('strategy', p.watermark_strategy,
-      'source', p.watermark_sources, 'state_key', p.state_key, 'delay_ms', p.delay_ms) end,
+      'source', p.watermark_sources, 'state_key', p.state_key, 'delay_ms', p.delay_ms,
+      'on_empty', p.on_empty) end,
     'group', (select g.name from etl.group_members m join etl.groups g using (group_id) where m.procedure_id = p.procedure_id),
     'tags', (select coalesce(jsonb_agg(t.name order by t.name), '[]') from etl.procedure_tags x join etl.tags t using (tag_id)
               where x.procedure_id = p.procedure_id),

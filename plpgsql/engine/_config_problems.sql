@@ -62,26 +62,97 @@ $$;
 comment on function etl._refresh_problems(jsonb) is 'What is wrong with the refresh targets of a configured procedure.';
 revoke all on function etl._refresh_problems(jsonb) from public;
 
-create or replace function etl._watermark_problems(procedure jsonb) returns jsonb
+-- Rows of a foreign table or of a materialized view come to be seen long after they got their number.
+create or replace function etl._column_source_problems(watermark jsonb) returns table (message text, hint text)
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_agg(etl._config_problem(jsonb_build_array('procedures', procedure->>'name', 'watermark', 'source'), q.message, q.hint)), '[]')
-    from (select s as source, parse_ident(s) as parts, etl._relation(format('%I.%I', (parse_ident(s))[1], (parse_ident(s))[2])) as oid from jsonb_array_elements_text(case jsonb_typeof(procedure->'watermark') when 'object' then procedure#>'{watermark,source}' else '[]' end) s) s
-    left join pg_catalog.pg_attribute a on a.attrelid = s.oid and a.attname = s.parts[3]
-      and a.attnum > 0 and not a.attisdropped
+  select q.message, q.hint
+    from (select s as source, parse_ident(s) as parts, etl._relation(format('%I.%I', (parse_ident(s))[1], (parse_ident(s))[2])) as oid
+            from jsonb_array_elements_text(watermark->'source') s) s
+    left join pg_catalog.pg_class c on c.oid = s.oid
+    left join pg_catalog.pg_attribute a on a.attrelid = s.oid and a.attname = s.parts[3] and a.attnum > 0 and not a.attisdropped
     join (values ('timestamp', array['timestamp with time zone', 'timestamp without time zone']), ('id', array['smallint', 'integer', 'bigint']),
-                 ('xid', array['xid8'])) w(strategy, types) on w.strategy = procedure#>>'{watermark,strategy}'
+                 ('xid', array['xid8'])) w(strategy, types) on w.strategy = watermark->>'strategy'
     cross join lateral (select
       case when s.oid is null then format('table %s.%s does not exist', s.parts[1], s.parts[2])
            when a.attname is null then format('table %s.%s has no column %s', s.parts[1], s.parts[2], s.parts[3])
            when format_type(a.atttypid, null) <> all (w.types)
              then format('%s is of type %s, the %s strategy needs %s', s.source, format_type(a.atttypid, null), w.strategy, array_to_string(w.types, ' or '))
            when not (has_column_privilege('etl_owner', a.attrelid, a.attnum, 'select')
-                     and has_schema_privilege('etl_owner', (parse_ident(s.source))[1], 'usage')) then format('role etl_owner may not read %s', s.source) end as message,
-      case when a.attname is not null and format_type(a.atttypid, null) = any (w.types)
-           then format('grant usage on schema %I to etl_owner; grant select on %I.%I to etl_owner', s.parts[1], s.parts[1], s.parts[2])
-           else 'source is schema.table.column of the rows the routine reads' end as hint) q
+                     and has_schema_privilege('etl_owner', (parse_ident(s.source))[1], 'usage')) then format('role etl_owner may not read %s', s.source)
+           when c.relkind in ('f', 'm') and not (w.strategy = 'timestamp' and coalesce((watermark->>'delay_ms')::int, 0) > 0)
+             then format('%s.%s is a %s: its rows come to be seen after they were written, which the %s strategy cannot know', s.parts[1], s.parts[2],
+                         case c.relkind when 'f' then 'foreign table' else 'materialized view' end, w.strategy)
+           when c.relkind = 'v' and w.strategy = 'id' then format('%s.%s is a view: who writes to it cannot be told, which the id strategy needs', s.parts[1], s.parts[2])
+      end as message,
+      case when s.oid is null or a.attname is null or format_type(a.atttypid, null) <> all (w.types) then 'source is schema.table.column of the rows the routine reads'
+           when c.relkind in ('f', 'm') then 'read the tables behind it; or strategy: timestamp with a delay longer than its rows can be late'
+           when c.relkind = 'v' then 'name the table behind it'
+           else format('grant usage on schema %I to etl_owner; grant select on %I.%I to etl_owner', s.parts[1], s.parts[1], s.parts[2]) end as hint) q
    where q.message is not null
 $$;
+comment on function etl._column_source_problems(jsonb) is 'What is wrong with the columns that are the source of a watermark.';
+revoke all on function etl._column_source_problems(jsonb) from public;
+
+create or replace function etl._id_source_problems(sources text[]) returns table (message text, hint text)
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  with feeding as (
+    select s.source, q.* from unnest(sources) s(source)
+     cross join lateral etl._feeding_sequences(etl._source_tables(array[s.source]), (parse_ident(s.source))[3]) q
+  )
+  select distinct format('sequence %s (cache %s, increment %s) does not make ids in the order in which they are inserted: rows would be missed',
+           f.oid::regclass, f.cache, f.increment),
+         format('alter sequence %s cache 1; or use the xid strategy', f.oid::regclass)
+    from feeding f where f.cache > 1 or f.increment < 0
+  union all
+  select 'ids of several tables are one order only when one sequence makes all of them', 'a procedure per table; or strategy: xid or timestamp'
+   where cardinality(sources) > 1
+     and (select count(distinct f.oid) <> 1 or count(distinct f.source) < cardinality(sources) from feeding f)
+$$;
+comment on function etl._id_source_problems(text[]) is 'What makes the ids of these columns no watermark.';
+revoke all on function etl._id_source_problems(text[]) from public;
+
+-- The query is planned and typed, not executed.
+create or replace function etl._query_source_problem(watermark jsonb, out message text, out hint text)
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_type  text;
+  v_types text[] := case watermark->>'strategy' when 'timestamp' then array['timestamp with time zone', 'timestamp without time zone', 'date']
+                                                when 'id' then array['smallint', 'integer', 'bigint'] end;
+begin
+  hint := 'source is a column (schema.table.column), or one query that returns one value: the newest there is to read';
+  if v_types is null then
+    message := 'the xid strategy reads columns, a query has no meaning for it';
+    return;
+  end if;
+  execute format('select format_type(pg_typeof(q.value), null) from (select) r left join lateral (%s) q(value) on false', watermark#>>'{source,0}') into v_type;
+  if v_type <> all (v_types) then
+    message := format('the source query returns %s, the %s strategy needs %s', v_type, watermark->>'strategy', array_to_string(v_types, ' or '));
+  end if;
+exception when others then
+  message := format('the source query fails: %s', sqlerrm);
+end $$;
+comment on function etl._query_source_problem(jsonb) is 'What is wrong with the query that is the source of a watermark, or null.';
+revoke all on function etl._query_source_problem(jsonb) from public;
+
+create or replace function etl._watermark_problems(procedure jsonb) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_watermark jsonb  := procedure->'watermark';
+  v_sources   text[] := etl._text_array(v_watermark->'source');
+  v_problems  jsonb;
+begin
+  if jsonb_typeof(v_watermark) is distinct from 'object' then return '[]'; end if;
+  if etl._is_query(v_sources) then
+    select jsonb_agg(etl._config_problem('[]', p.message, p.hint)) into v_problems from etl._query_source_problem(v_watermark) p where p.message is not null;
+  else
+    select jsonb_agg(etl._config_problem('[]', p.message, p.hint)) into v_problems from etl._column_source_problems(v_watermark) p;
+    if v_problems is null and v_watermark->>'strategy' = 'id' then
+      select jsonb_agg(etl._config_problem('[]', p.message, p.hint)) into v_problems from etl._id_source_problems(v_sources) p;
+    end if;
+  end if;
+  return (select coalesce(jsonb_agg(p || jsonb_build_object('loc', jsonb_build_array('procedures', procedure->>'name', 'watermark', 'source'))), '[]')
+            from jsonb_array_elements(v_problems) p);
+end $$;
 comment on function etl._watermark_problems(jsonb) is 'What is wrong with the watermark sources of a configured procedure.';
 revoke all on function etl._watermark_problems(jsonb) from public;
 
@@ -110,6 +181,18 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       from procedure p where jsonb_typeof(p.definition->'watermark') = 'object' group by p.definition#>>'{watermark,state_key}'
     having count(*) > 1 and (count(distinct p.definition->>'group') <> 1 or bool_or(p.definition->>'group' is null)
                              or bool_or(p.definition->>'transaction_scope' <> 'per_group'))
+    union all
+    select jsonb_build_array('procedures', max(p.name), 'watermark', 'state_key'),
+           format('state_key %s has one window for %s, but their sources have no order in common', p.definition#>>'{watermark,state_key}', string_agg(p.name, ', ' order by p.name)),
+           'give each its own state_key'
+      from procedure p where p.definition#>>'{watermark,state_key}' is not null group by p.definition#>>'{watermark,state_key}'
+    having count(distinct p.definition#>'{watermark,source}') > 1 and (min(p.definition#>>'{watermark,strategy}') = 'id'
+                             or bool_or(etl._is_query(etl._text_array(p.definition#>'{watermark,source}'))))
+    union all
+    select jsonb_build_array('procedures', p.name, 'max_window'), 'max_window needs columns as source of the watermark: a query does not say where the rows are',
+           'name the columns, or remove max_window'
+      from procedure p
+     where jsonb_typeof(p.definition->'max_window') in ('number', 'string') and etl._is_query(etl._text_array(p.definition#>'{watermark,source}'))
     union all
     select jsonb_build_array('procedures', p.name, 'watermark', 'state_key'),
            format('state_key %s already stands at %s, up to where %s has not read', t.state_key, t.last_success_watermark, p.name),

@@ -76,14 +76,22 @@ $$;
 comment on function etl._dependency_snapshots(int[]) is 'The dependencies of the selected procedures as they stand when a run is planned.';
 revoke all on function etl._dependency_snapshots(int[]) from public;
 
+-- Chunks of a backfill do not count, they read the past: the lock of their run has a negative key.
 create or replace function etl._last_success_at(procedure_id int) returns timestamptz
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select r.ended_at from etl.procedure_runs r
-   where r.procedure_id = _last_success_at.procedure_id and r.status = 'succeeded' order by r.run_id desc limit 1
+   where r.procedure_id = _last_success_at.procedure_id and r.status = 'succeeded' and r.lock_key > 0 order by r.run_id desc limit 1
 $$;
-comment on function etl._last_success_at(int) is 'When a procedure last succeeded, or null.';
+comment on function etl._last_success_at(int) is 'When a procedure last succeeded in a run, backfills apart, or null.';
 revoke all on function etl._last_success_at(int) from public;
 grant execute on function etl._last_success_at(int) to etl_reader;
+
+create or replace function etl._step_settings(procedure etl.procedures, search_path text[]) returns jsonb
+language sql stable
+return nullif(jsonb_strip_nulls(jsonb_build_object('lock_timeout_ms', procedure.lock_timeout_ms, 'search_path', nullif(search_path, '{}'),
+                                                   'checks', nullif(procedure.checks, '[]'))), '{}');
+comment on function etl._step_settings(etl.procedures, text[]) is 'What the steps of a procedure set for themselves, as it is configured now; null for nothing.';
+revoke all on function etl._step_settings(etl.procedures, text[]) from public;
 
 -- Without nested loops: the server takes the items for a handful, whatever their number.
 create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[]) returns void
@@ -93,8 +101,7 @@ begin
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key)
   select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
          i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, r.lock_key,
-         nullif(jsonb_strip_nulls(jsonb_build_object('lock_timeout_ms', p.lock_timeout_ms, 'search_path', nullif(l.search_path, '{}'),
-                                                     'checks', nullif(p.checks, '[]'))), '{}'),
+         etl._step_settings(p, l.search_path),
          p.watermark_strategy, p.state_key
     from unnest(items) i
     join etl.procedures p using (procedure_id)
@@ -115,27 +122,58 @@ end $$;
 comment on function etl._insert_steps(bigint, etl.plan_item[]) is 'Stores the steps and refreshes of a plan.';
 revoke all on function etl._insert_steps(bigint, etl.plan_item[]) from public;
 
--- The caller holds the run lock, so a run still 'running' has no living worker: what it did is recorded, what it did not is over.
+-- The caller holds the run's lock, so a run still 'running' has no living worker: what it did is recorded, what it did not is over.
+create or replace function etl._abandon_run(run_id bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_run etl.runs;
+begin
+  select * into v_run from etl.runs r where r.run_id = _abandon_run.run_id and r.status = 'running' for update;
+  if not found then return; end if;
+  update etl.procedure_runs p
+     set status = 'abandoned', ended_at = clock_timestamp(), duration_ms = extract(epoch from clock_timestamp() - p.started_at) * 1000
+   where p.run_id = v_run.run_id and p.ended_at is null;
+  update etl.mv_refreshes m set status = 'abandoned', ended_at = clock_timestamp()
+   where m.run_id = v_run.run_id and m.ended_at is null;
+  update etl.runs r
+     set status = 'abandoned', ended_at = clock_timestamp(), error_code = 'run.abandoned',
+         error_message = format('the session that executed the run (backend %s) is gone: it was ended, or the server stopped', v_run.worker_pid)
+   where r.run_id = v_run.run_id;
+  if v_run.kind = 'backfill' then
+    raise warning 'backfill % was abandoned: its session is gone; what it committed stays, the rest was rolled back', v_run.run_id
+      using hint = format('go on with what is left: call etl.backfill(resume => %s)', v_run.run_id);
+  else
+    raise warning 'run % was abandoned: its session is gone; what it committed stays, the rest was rolled back', v_run.run_id;
+  end if;
+end $$;
+comment on function etl._abandon_run(bigint) is 'Marks a run whose worker died as abandoned. The caller holds its lock.';
+revoke all on function etl._abandon_run(bigint) from public;
+
+-- The caller holds the run lock of the pipeline. A backfill has a lock of its own: one that can be taken is dead, or has just ended.
 create or replace function etl._abandon_orphans(pipeline_id int) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_run etl.runs;
 begin
-  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_orphans.pipeline_id and r.status = 'running' and r.kind = 'run' for update loop
-    update etl.procedure_runs p
-       set status = 'abandoned', ended_at = clock_timestamp(), duration_ms = extract(epoch from clock_timestamp() - p.started_at) * 1000
-     where p.run_id = v_run.run_id and p.ended_at is null;
-    update etl.mv_refreshes m set status = 'abandoned', ended_at = clock_timestamp()
-     where m.run_id = v_run.run_id and m.ended_at is null;
-    update etl.runs r
-       set status = 'abandoned', ended_at = clock_timestamp(), error_code = 'run.abandoned',
-           error_message = format('the session that executed the run (backend %s) is gone: it was ended, or the server stopped', v_run.worker_pid)
-     where r.run_id = v_run.run_id;
-    raise warning 'run % was abandoned: its session is gone; what it committed stays, the rest was rolled back', v_run.run_id;
+  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_orphans.pipeline_id and r.status = 'running' and r.kind = 'run' loop
+    perform etl._abandon_run(v_run.run_id);
+  end loop;
+  perform etl._abandon_backfills(pipeline_id);
+end $$;
+comment on function etl._abandon_orphans(int) is 'Marks runs and backfills whose worker died as abandoned. The caller holds the run lock of the pipeline.';
+revoke all on function etl._abandon_orphans(int) from public;
+
+create or replace function etl._abandon_backfills(pipeline_id int) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_run etl.runs;
+begin
+  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_backfills.pipeline_id and r.status = 'running' and r.kind = 'backfill' loop
+    if pg_try_advisory_xact_lock(6435443, etl._lock_key(v_run)) then perform etl._abandon_run(v_run.run_id); end if;
   end loop;
 end $$;
-comment on function etl._abandon_orphans(int) is 'Marks runs whose worker died as abandoned. The caller holds the run lock.';
-revoke all on function etl._abandon_orphans(int) from public;
+comment on function etl._abandon_backfills(int) is 'Marks backfills of a pipeline whose worker died as abandoned.';
+revoke all on function etl._abandon_backfills(int) from public;
 
 create or replace function etl._create_run(request jsonb, pipeline_id int, max_concurrency int, items etl.plan_item[]) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -167,31 +205,40 @@ $$;
 comment on function etl._fingerprint(jsonb) is 'sha256 of a request without its idempotency key.';
 revoke all on function etl._fingerprint(jsonb) from public;
 
--- From a request to a run that this session owns, or to the run that the same idempotency key already has.
---
 -- Requests with the same key pass one at a time: the second one sees what the first committed.
+create or replace function etl._known_run(request jsonb) returns etl.runs
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_known etl.runs;
+begin
+  if not request ? 'idempotency_key' then return null; end if;
+  perform pg_advisory_xact_lock(hashtextextended('b2s idempotency key ' || (request->>'idempotency_key'), 0));
+  select * into v_known from etl.runs r where r.idempotency_key = _known_run.request->>'idempotency_key';
+  if not found then return null; end if;
+  if v_known.fingerprint <> etl._fingerprint(request) then
+    perform etl._fail('PT409', 'idempotency_key.reused',
+      format('idempotency key %s belongs to run %s, which was asked for something else', v_known.idempotency_key, v_known.run_id),
+      'use a new key for a new request', jsonb_build_object('run_id', v_known.run_id, 'request', v_known.request));
+  end if;
+  -- Who asks again because the session died learns that it did.
+  if v_known.status = 'running' and not etl._is_alive(v_known) and pg_try_advisory_xact_lock(6435443, etl._lock_key(v_known)) then
+    perform etl._abandon_run(v_known.run_id);
+  end if;
+  return v_known;
+end $$;
+comment on function etl._known_run(jsonb) is 'The run that the idempotency key of a request already has, or null. Raises PT409 idempotency_key.reused.';
+revoke all on function etl._known_run(jsonb) from public;
+
+-- From a request to a run that this session owns, or to the run that the same idempotency key already has.
 create or replace function etl._begin_run(request jsonb, out run_id bigint, out pipeline_id int, out status text, out is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_known etl.runs;
+  v_known etl.runs := etl._known_run(request);
   v_plan  record;
 begin
-  if request ? 'idempotency_key' then
-    perform pg_advisory_xact_lock(hashtextextended('b2s idempotency key ' || (request->>'idempotency_key'), 0));
-    select * into v_known from etl.runs r where r.idempotency_key = _begin_run.request->>'idempotency_key';
-    if found then
-      if v_known.fingerprint <> etl._fingerprint(request) then
-        perform etl._fail('PT409', 'idempotency_key.reused',
-          format('idempotency key %s belongs to run %s, which was asked for something else', v_known.idempotency_key, v_known.run_id),
-          'use a new key for a new request', jsonb_build_object('run_id', v_known.run_id, 'request', v_known.request));
-      end if;
-      -- Who asks again because the session died learns that it did.
-      if v_known.status = 'running' and not etl._is_alive(v_known) and pg_try_advisory_xact_lock(6435443, v_known.pipeline_id) then
-        perform etl._abandon_orphans(v_known.pipeline_id);
-      end if;
-      run_id := v_known.run_id; pipeline_id := v_known.pipeline_id; status := etl._run_status(v_known.run_id); is_new := false;
-      return;
-    end if;
+  if v_known.run_id is not null then
+    run_id := v_known.run_id; pipeline_id := v_known.pipeline_id; status := etl._run_status(v_known.run_id); is_new := false;
+    return;
   end if;
   v_plan := etl._plan(request);
   perform etl._acquire(v_plan.pipeline_id);

@@ -12,7 +12,7 @@ revoke all on function etl._step_event(text, etl.procedure_runs, jsonb) from pub
 create or replace function etl._event_text(event jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
-  if event->>'event' = 'step_succeeded' and not event ? 'warning' then
+  if event->>'event' = 'step_succeeded' and not event ?| array['warning', 'slice_index'] then
     return format('[%s] %s succeeded %s in %s ms', event->>'order_index', event->>'procedure',
       case event->>'rows_affected' when '1' then '1 row' else (event->>'rows_affected') || ' rows' end, round((event->>'duration_ms')::numeric));
   end if;
@@ -22,6 +22,7 @@ begin
     regexp_replace(event->>'event', '^(step|refresh|run)_', ''),
     case event->>'rows_affected' when '1' then '1 row' else (event->>'rows_affected') || ' rows' end,
     'in ' || round((event->>'duration_ms')::numeric) || ' ms',
+    'slice ' || (event->>'slice_index') || ', up to ' || left(event->>'window_until', 40),
     '(' || (event->>'warning') || ')')
     || coalesce(': ' || (event->>'error_message'), '');
 end $$;

@@ -28,14 +28,17 @@ declare
   v_event jsonb;
 begin
   update etl.procedure_runs p
-     set status = 'succeeded', started_at = step_started_at, ended_at = v_now,
+     set status = case when step.window_until <> step.window_goal then 'advanced' else 'succeeded' end, started_at = step_started_at, ended_at = v_now,
          duration_ms = extract(epoch from v_now - step_started_at) * 1000, rows_affected = row_count,
          table_counts = changes, warnings = unmet_checks
    where p.run_id = step.run_id and p.order_index = step.order_index and p.attempt = step.attempt
-  returning p.duration_ms into step.duration_ms;
-  v_event := jsonb_build_object('event', 'step_succeeded', 'run_id', step.run_id, 'order_index', step.order_index,
+  returning p.duration_ms, p.status into step.duration_ms, step.status;
+  v_event := jsonb_build_object('event', 'step_' || step.status, 'run_id', step.run_id, 'order_index', step.order_index,
     'procedure', step.procedure_name, 'mode', step.mode, 'tx_scope', step.tx_scope, 'attempt', step.attempt,
     'rows_affected', row_count, 'duration_ms', step.duration_ms, 'table_counts', changes);
+  if step.window_goal is not null then
+    v_event := v_event || jsonb_build_object('slice_index', step.slice_index, 'window_until', step.window_until, 'window_goal', step.window_goal);
+  end if;
   if unmet_checks is not null then
     v_event := v_event || jsonb_build_object('warning', (
       select string_agg(format('check %s found %s violation(s)', c->>'name', c->>'violations'), '; ') from jsonb_array_elements(unmet_checks) c));
@@ -94,6 +97,8 @@ begin
   if step.sqlstate is not null then
     raise exception using errcode = step.sqlstate, message = step.error_message, detail = coalesce(step.error_detail, ''), hint = coalesce(step.error_hint, '');
   end if;
+  -- A backfill of the same procedure must not read a row, wait for us to write its newer version, and write the older one over it.
+  if step.window_until is not null then perform pg_advisory_xact_lock(6435445, step.procedure_id); end if;
   if step.settings is not null then perform etl._apply_settings(step.settings); end if;
   -- A procedure without output returns no row to put anywhere.
   if step.rows_column is null then
@@ -114,11 +119,12 @@ begin
   if step.settings ? 'checks' then v_unmet := etl._run_checks(step.procedure_name, step.settings->'checks'); end if;
   if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows); end if;
   event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_unmet);
+  if step.window_until <> step.window_goal then perform etl._add_slice(step, step.window_until, step.slice_index + 1); end if;
 end $$;
 comment on function etl._execute_step(etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
 revoke all on function etl._execute_step(etl.procedure_runs, jsonb) from public;
 
--- seen: table counters before this scope. Returns {events, seen} or {failure}.
+-- seen: table counters before this scope. Returns {events, seen}, with goes_on when another slice follows, or {failure}.
 create or replace function etl._execute_scope(run_id bigint, first_order_index int, last_order_index int, seen jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -140,7 +146,8 @@ begin
     end loop;
     set constraints all immediate;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
-    return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen - 'start');
+    return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen - 'start')
+      || case when v_step.window_until <> v_step.window_goal then '{"goes_on": true}'::jsonb else '{}' end;
   exception when query_canceled or assert_failure or others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,
       v_hint = pg_exception_hint, v_context = pg_exception_context;

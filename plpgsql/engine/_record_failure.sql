@@ -21,10 +21,10 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, window_since,
-    window_until)
+    window_until, window_goal, slice_index)
   select p.run_id, p.order_index, p.attempt + 1, p.scope_index, p.procedure_id, p.procedure_name, p.procedure_type, p.group_name, p.mode,
          p.tx_scope, p.isolation, p.parameters, p.dependencies, p.statement, p.rows_column, p.lock_key, p.settings, p.watermark_strategy, p.state_key,
-         p.window_since, p.window_until
+         p.window_since, p.window_until, p.window_goal, p.slice_index
     from etl.procedure_runs p
    where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt;
   update etl.run_scopes s set attempt = s.attempt + 1
@@ -68,10 +68,12 @@ revoke all on function etl._record_step_failure(etl.run_scopes, jsonb, text) fro
 -- Milliseconds to wait before the next attempt, or null when there is none: exponential with jitter.
 create or replace function etl._retry_delay(scope etl.run_scopes, failure jsonb) returns float8
 language sql volatile set search_path = pg_catalog, pg_temp as $$
-  select least(p.max_backoff_ms, p.backoff_ms * 2.0 ^ (scope.attempt - 1)) * (0.5 + random() / 2)
+  select least(p.max_backoff_ms, p.backoff_ms * 2.0 ^ (n.attempts - 1)) * (0.5 + random() / 2)
     from etl.procedure_runs s join etl.procedures p using (procedure_id)
+    cross join lateral (select count(*) as attempts from etl.procedure_runs a
+                         where a.run_id = s.run_id and a.order_index = s.order_index and a.slice_index = s.slice_index) n
    where failure->>'class' = 'transient' and s.run_id = scope.run_id and s.attempt = scope.attempt
-     and s.order_index = coalesce((failure->>'order_index')::int, scope.last_order_index) and scope.attempt < p.max_attempts
+     and s.order_index = coalesce((failure->>'order_index')::int, scope.last_order_index) and n.attempts < p.max_attempts
 $$;
 comment on function etl._retry_delay(etl.run_scopes, jsonb) is 'Milliseconds until the next attempt of a scope, or null when it is not to be tried again.';
 revoke all on function etl._retry_delay(etl.run_scopes, jsonb) from public;
@@ -112,6 +114,7 @@ declare
   v_scope etl.run_scopes;
   v_delay float8;
   v_stops boolean;
+  v_is_halved boolean;
 begin
   select * into strict v_scope from etl.run_scopes s
    where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
@@ -119,9 +122,13 @@ begin
   if v_scope.kind = 'refresh' then
     perform etl._record_refresh_failure(v_scope, failure);
   else
-    if v_run.cancel_requested_at is null then v_delay := etl._retry_delay(v_scope, failure); end if;
+    if v_run.cancel_requested_at is null then
+      v_delay := etl._retry_delay(v_scope, failure);
+      v_is_halved := v_delay is null and etl._halve_slice(v_scope, failure);
+    end if;
     perform etl._record_step_failure(v_scope, failure,
-      case when v_delay is not null then 'retrying' when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end);
+      case when v_delay is not null or v_is_halved then 'retrying' when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end);
+    if v_is_halved then return 0; end if;
     if v_delay is not null then
       perform etl._prepare_attempt(v_scope);
       return v_delay;

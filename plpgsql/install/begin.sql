@@ -32,7 +32,7 @@ begin
             message = format('role %I does not exist and %I may not create it', v_role, current_user),
             hint = 'let a role with CREATEROLE run: create role etl_owner nologin; create role etl_admin nologin; '
                    'create role etl_operator nologin; create role etl_reader nologin; '
-                   'grant etl_reader to etl_operator; grant etl_operator to etl_admin; '
+                   'grant etl_reader to etl_operator; grant etl_operator to etl_admin; grant pg_read_all_stats to etl_owner; '
                 || format('grant etl_owner to %I;', current_user);
       end;
     end if;
@@ -62,6 +62,21 @@ begin
       detail = (select format('schema etl belongs to role %s', nspowner::regrole) from pg_catalog.pg_namespace where nspname = 'etl'),
       hint = 'rename that schema, or install b2s into another database';
   end if;
+end $$;
+
+-- Windows of timestamps end where the oldest open transaction began, which the server shows to members of pg_read_all_stats
+-- only. Not everybody may grant that (from 16 on: superusers and whoever was given it with admin option), and without
+-- timestamps nothing needs it, so an install does without; b2s doctor reminds of it.
+do $$
+begin
+  if pg_has_role('etl_owner', 'pg_read_all_stats', 'usage') then return; end if;
+  grant pg_read_all_stats to etl_owner;
+exception
+  when unique_violation then null;
+  when insufficient_privilege then
+    raise warning using
+      message = format('%I may not grant pg_read_all_stats to etl_owner: windows of timestamps are refused while somebody else is in a transaction', current_user),
+      hint = 'let an administrator run: grant pg_read_all_stats to etl_owner';
 end $$;
 
 set local role etl_owner;

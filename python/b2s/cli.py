@@ -23,12 +23,15 @@ COMMANDS: Final = {
     "migrate": "install b2s into a database, or upgrade it",
     "sync-config": "apply transformations.yaml to the database",
     "plan": "show what a run would do",
+    "test": "prove that routines keep their contract, on a scratch copy",
     "run": "run procedures, with live progress",
+    "backfill": "read a past range again, chunk by chunk, beside the runs",
     "status": "what is running, and how each procedure last ended",
     "runs": "list runs, newest first",
     "show": "explain one run: steps, failures, what to do next",
     "logs": "the events of one run, in order of time",
     "cancel": "stop an active run",
+    "watermark": "list and move watermarks; give a table the column of the xid strategy",
     "doctor": "check the installation, and say how to repair it",
     "schema": "print the JSON Schema of transformations.yaml",
     "demo": "a tour in a private server: runs, failures, a full refresh",
@@ -103,7 +106,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"b2s {__version__}")
-    _add_shared(parser, is_outer=True)
+    add_shared(parser, is_outer=True)
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", parser_class=_Parser
     )
@@ -116,13 +119,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        _add_shared(command, is_outer=False)
+        add_shared(command, is_outer=False)
         if name == chosen:
             importlib.import_module(_module_of(name)).configure(command)
     return parser
 
 
-def _add_shared(parser: argparse.ArgumentParser, *, is_outer: bool) -> None:
+def add_shared(parser: argparse.ArgumentParser, *, is_outer: bool) -> None:
     """The options that may stand before or after the command; the inner must not overwrite the outer."""
 
     def default(value: object) -> object:

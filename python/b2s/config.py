@@ -400,6 +400,7 @@ def _procedure_spec(config: Config, procedure: Procedure) -> dict[str, Any]:
             "source": list(watermark.source),
             "state_key": watermark.state_key or procedure.name,
             "delay_ms": watermark.delay,
+            "on_empty": watermark.on_empty,
         },
         "retries": {
             "attempts": folded.attempts,

@@ -22,10 +22,15 @@ from b2s.configmodel import (
     Settings,
     settings,
 )
-from b2s.configvalues import shown, why_not
+from b2s.configvalues import is_query, shown, why_not
 from b2s.yamlsource import Loc, Problem, Source
 
 _MAX_SUGGESTIONS: Final = 50
+_WINDOW_UNITS: Final = {
+    "timestamp": "a duration such as 1 day",
+    "id": "a whole number of ids",
+    "xid": "a whole number of transactions",
+}
 _BOUNDS: Final = (
     ("minimum", "maximum"),
     ("minLength", "maxLength"),
@@ -249,6 +254,13 @@ class Checker:
             self._check_unique(
                 self._items((*member.place, "watermark"), "source", watermark.source), "source"
             )
+            queries = [source for source in watermark.source if is_query(source)]
+            if queries and len(watermark.source) > 1:
+                message = "a query stands alone as source"
+                self._report((*loc, "source"), message, "write one query that returns the newest value of all")
+            elif queries and watermark.strategy == "xid":
+                message = "the xid strategy reads columns, a query has no meaning for it"
+                self._report((*loc, "source"), message, "name the xid8 column: schema.table.column")
             if watermark.strategy != "timestamp" and "delay" in watermark.model_fields_set:
                 message = f"delay has no meaning for the {watermark.strategy} strategy"
                 self._report((*loc, "delay"), message, "remove it", at_key=True)
@@ -263,11 +275,12 @@ class Checker:
                     "add watermark:, or remove max_window",
                     at_key=True,
                 )
-        elif watermark.strategy == "xid":
-            self._report(window, "max_window has no meaning for the xid strategy", "remove it", at_key=True)
-        elif (watermark.strategy == "id") != isinstance(max_window, int):
-            kind = "a whole number of ids" if watermark.strategy == "id" else "a duration such as 1 day"
+        elif (watermark.strategy == "timestamp") == isinstance(max_window, int):
+            kind = _WINDOW_UNITS[watermark.strategy]
             self._report(window, f"max_window must be {kind} for the {watermark.strategy} strategy")
+        elif any(is_query(source) for source in watermark.source):
+            message = "max_window needs columns as source: a query does not say where the rows are"
+            self._report(window, message, "name the columns, or remove max_window", at_key=True)
 
     def _check_lists(self, member: Member) -> None:
         procedure = member.procedure

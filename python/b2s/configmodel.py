@@ -87,8 +87,10 @@ Identifier = Annotated[str, _named(configvalues.IDENTIFIER, "name"), _matching(c
 Qualified = Annotated[
     str, _named(configvalues.QUALIFIED, "name or schema.name"), _matching(configvalues.QUALIFIED)
 ]
-TableColumn = Annotated[
-    str, _named(configvalues.TABLE_COLUMN, "schema.table.column"), _matching(configvalues.TABLE_COLUMN)
+Source = Annotated[
+    str,
+    AfterValidator(_checked(configvalues.check_source)),
+    _matching(f"({configvalues.TABLE_COLUMN}|{configvalues.QUERY})"),
 ]
 RoutineName = Annotated[
     str,
@@ -248,14 +250,15 @@ class Watermark(Model):
         description="What tells new rows: a timestamp, an id, or the transaction that wrote them."
     )
     source: Annotated[
-        tuple[TableColumn, ...],
+        tuple[Source, ...],
         BeforeValidator(
             lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]
         ),
         Field(
             strict=False,
             min_length=1,
-            description="The column or columns read: schema.table.column, or a list of them.",
+            description="The column or columns read: schema.table.column, or a list of them; "
+            "or one query that returns the newest value there is to read.",
         ),
     ]
     state_key: Qualified | None = Field(
@@ -264,6 +267,9 @@ class Watermark(Model):
     delay: Duration = Field(
         default=0,
         description="How late a timestamp may be when its row is committed; for the timestamp strategy.",
+    )
+    on_empty: Literal["run", "skip"] = Field(
+        default="run", description="What a step does whose window holds no row: run all the same, or be skipped."
     )
 
 
@@ -430,7 +436,8 @@ class Procedure(Defaults):
     )
     max_window: MaxWindow | None = Field(
         default=None,
-        description="The longest window read at a time: a duration for timestamps, a number for ids.",
+        description="The longest window one transaction reads: a duration for timestamps, a number of ids, "
+        "or a number of transactions for xid.",
     )
     checks: Annotated[tuple[Check, ...], Field(strict=False)] = Field(
         default=(), description="Conditions that must hold before the step is committed."

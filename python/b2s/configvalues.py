@@ -18,6 +18,7 @@ _PART: Final = r"[a-z_][a-z0-9_]*"
 IDENTIFIER: Final = rf"{_PART}"
 QUALIFIED: Final = rf"{_PART}(\.{_PART})?"
 TABLE_COLUMN: Final = rf"{_PART}\.{_PART}\.{_PART}"
+QUERY: Final = r"\s*([Ss][Ee][Ll][Ee][Cc][Tt]|[Ww][Ii][Tt][Hh])\s[\s\S]+"
 ROUTINE: Final = rf"{_PART}(\.{_PART})?(\([^()]*\))?"
 
 _UNITS: Final = {
@@ -101,6 +102,18 @@ def check_name(value: str, pattern: str, shape: str) -> str:
     lower = value.strip().lower().replace("-", "_")
     hint = f"write {lower!r}" if lower != value and re.fullmatch(pattern, lower) else None
     raise Refused(f"is not of the form {shape}, in lower case letters, digits and underscores", hint)
+
+
+def is_query(source: str) -> bool:
+    """Whether the source of a watermark is a query and not a column."""
+    return re.fullmatch(QUERY, source) is not None
+
+
+def check_source(value: str) -> str:
+    """Returns the source of a watermark, or raises Refused."""
+    if is_query(value):
+        return value
+    return check_name(value, TABLE_COLUMN, "schema.table.column, or a query")
 
 
 def parse_duration(value: object) -> int:

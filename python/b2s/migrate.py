@@ -8,6 +8,7 @@ import psycopg
 
 from b2s import __version__
 from b2s.db import Connection, connect
+from b2s.output import remark
 from b2s.sqlfiles import Manifest, load_manifest
 
 
@@ -37,8 +38,17 @@ class Pending:
 def migrate(conninfo: str, *, dry_run: bool = False) -> Migrated:
     """Brings a database to this release. With dry_run everything is executed and then rolled back."""
     manifest = load_manifest()
-    with connect(conninfo) as connection, connection.transaction(force_rollback=dry_run):
-        return _install(connection, manifest)
+    with connect(conninfo) as connection:
+        connection.add_notice_handler(_pass_on)
+        with connection.transaction(force_rollback=dry_run):
+            return _install(connection, manifest)
+
+
+def _pass_on(diagnostic: psycopg.errors.Diagnostic) -> None:
+    """What an install could not do but does without is worth a line."""
+    if diagnostic.severity_nonlocalized == "WARNING":
+        remark(f"warning: {diagnostic.message_primary}")
+        remark(f"hint: {diagnostic.message_hint}")
 
 
 def _install(connection: Connection, manifest: Manifest) -> Migrated:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Protocol, TextIO
 
 from b2s.render import Style, duration, plural, visible
+from b2s.runview import bound
 
 Event = Mapping[str, Any]
 
@@ -259,7 +260,9 @@ def event_line(event: Event, style: Style) -> str:
         parts.append(plural(event["rows_affected"], "row"))
     if event.get("duration_ms") is not None and status != "rolled_back":
         parts.append(f"in {duration(event['duration_ms'])}")
-    if (event.get("attempt") or 1) > 1:
+    if event.get("slice_index"):
+        parts.append(f"slice {event['slice_index']}, up to {bound(event['window_until'])}")
+    elif (event.get("attempt") or 1) > 1:
         parts.append(f"(attempt {event['attempt']})")
     if event.get("warning"):
         parts.append(style.paint(f"({visible(event['warning'])})", "yellow"))

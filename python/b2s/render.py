@@ -20,7 +20,8 @@ _GAP: Final = "  "
 STATUS_COLOURS: Final = {
     "succeeded": "green", "running": "cyan", "completed_with_warnings": "yellow", "retrying": "yellow",
     "skipped": "yellow", "queued": "dim", "pending": "dim", "rolled_back": "yellow", "failed": "red",
-    "cancelled": "red", "abandoned": "red", "ok": "green", "warn": "yellow", "fail": "red",
+    "cancelled": "red", "abandoned": "red", "ok": "green", "hint": "cyan", "warn": "yellow",
+    "fail": "red",
 }  # fmt: skip
 """How each status of a run, step, refresh or check is shown."""
 

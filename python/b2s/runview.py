@@ -36,9 +36,36 @@ def last_attempts(run: Document) -> list[Document]:
     return [steps[index] for index in sorted(steps)]
 
 
+def _with_slices(run: Document) -> list[Document]:
+    """The same, with the rows and the time of the slices that were committed before the last attempt."""
+    whole: list[Document] = []
+    for step in last_attempts(run):
+        parts = [
+            one
+            for one in run["steps"]
+            if one["order_index"] == step["order_index"] and one["status"] == "advanced"
+        ]
+        if parts:
+            tables: dict[str, dict[str, int]] = {}
+            for part in (*parts, step):
+                for table_name, counts in (part["table_counts"] or {}).items():
+                    known = tables.setdefault(table_name, {})
+                    for kind, count in counts.items():
+                        known[kind] = known.get(kind, 0) + count
+            step = {
+                **step,
+                "rows_affected": sum(part["rows_affected"] or 0 for part in (*parts, step)),
+                "duration_ms": sum(part["duration_ms"] or 0 for part in (*parts, step)),
+                "table_counts": tables,
+                "window_since": parts[0]["window_since"],
+            }
+        whole.append(step)
+    return whole
+
+
 def steps_table(run: Document, style: Style) -> list[str]:
     """Every step and refresh of a run, one line each."""
-    steps = last_attempts(run)
+    steps = _with_slices(run)
     reasons = {step["order_index"]: _remark(step, steps) for step in steps}
     rows = [
         (
@@ -81,11 +108,14 @@ def _remark(step: Document, steps: Sequence[Document]) -> str | None:
         return str(step["error_message"] or "rolled back with its group")
     if step["error_message"]:
         return f"{step['error_class']} ({step['error_code']})"
-    unmet = [
+    remarks = [f"in {step['slice_index']} slices"] if step["slice_index"] > 1 else []
+    if step["held_back_by"]:
+        remarks.append(f"window held back by {step['held_back_by']}")
+    remarks += [
         f"check {check['name']}: {plural(check['violations'], 'violation')}"
         for check in step["warnings"] or []
     ]
-    return "; ".join(unmet) or None
+    return "; ".join(remarks) or None
 
 
 def _refresh_remark(refresh: Document) -> str | None:
@@ -217,7 +247,7 @@ def _brief(value: object) -> str:
 
 def window_lines(run: Document) -> Iterator[str]:
     """The window that each step read, where it has one."""
-    for step in last_attempts(run):
+    for step in _with_slices(run):
         if step["window_until"] and step["started_at"]:
             what = window(step["window_since"], step["window_until"])
             yield f"  [{step['order_index']}] {step['procedure']} read {what}"
@@ -252,7 +282,10 @@ def next_steps(run: Document) -> list[str]:
         return [f"{command}    records it as abandoned, and runs what is left to do"]
     if run["status"] == "running":
         return [f"b2s cancel {run_id}    finishes the step in flight and skips the rest"]
-    again = [step["procedure"] for step in last_attempts(run) if step["status"] != "succeeded"]
+    done = ("succeeded", "no_data")
+    again = [
+        one["procedure"] for one in last_attempts(run) if (one["skip_reason"] or one["status"]) not in done
+    ]
     if not again:
         return []
     when = "once the cause is repaired" if run["status"] == "failed" else "runs what is left"

@@ -112,6 +112,11 @@ def without_key(request: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in request.items() if name not in _NOT_FOR_PLANS}
 
 
+def params_of(words: Iterable[str], declared: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Words like PROCEDURE.NAME=VALUE as parameters by procedure, each value as its declaration has it."""
+    return _params(None, words, declared) or {}
+
+
 def _names(words: Iterable[str]) -> list[str] | None:
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     return list(dict.fromkeys(names)) or None

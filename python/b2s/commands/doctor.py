@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from b2s.db import Connection
 
-Status = Literal["ok", "warn", "fail"]
+Status = Literal["ok", "hint", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The outcome of one check; a remedy when it is not ok."""
+    """The outcome of one check; a remedy when it is not ok. A hint says what could be stronger."""
 
     check_name: str
     status: Status
@@ -26,7 +26,7 @@ class Finding:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """b2s doctor has no options of its own."""
-    parser.epilog = "Changes nothing. Exit code 1 when a check fails; warnings do not count."
+    parser.epilog = "Changes nothing. Exit code 1 when a check fails; hints and warnings do not count."
 
 
 def execute(arguments: argparse.Namespace) -> int:

@@ -53,6 +53,7 @@ def execute(arguments: argparse.Namespace) -> int:
     columns = (
         Column("run", is_number=True),
         Column("pipeline"),
+        Column("kind"),
         Column("status"),
         Column("mode"),
         Column("started"),
@@ -65,6 +66,7 @@ def execute(arguments: argparse.Namespace) -> int:
         (
             run["run_id"],
             run["pipeline"],
+            run["kind"] if run["kind"] != "run" else None,
             run["status"],
             run["mode"],
             moment(run["started_at"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,27 +22,44 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Prints a run: the request, the steps, each failure in full, what to type next."""
+    from b2s import backfillview
     from b2s.db import connect
     from b2s.output import print_json, print_lines, style
     from b2s.runview import failure_lines, header_lines, next_steps, steps_table, window_lines
 
     with connect(arguments.dsn) as connection:
         run = get_run(connection, run_id_of(connection, arguments.run))
+        look = style()
+        is_backfill = run["kind"] == "backfill"
+        procedures = (
+            backfillview.procedures_table(connection, run["run_id"], look)
+            if is_backfill and not arguments.json
+            else []
+        )
     if arguments.json:
         print_json(run)
         return 0
-    look = style()
     print_lines(header_lines(run, look))
     print()
+    if is_backfill:
+        print_lines([*procedures, *backfillview.chunk_failures(run, look, is_full=True)])
+        print_lines(["", backfillview.summary(run, look)])
+        _print_next(backfillview.next_steps(run))
+        return 0
     print_lines(steps_table(run, look))
     windows = list(window_lines(run))
     if windows:
         print_lines(["", "windows:", *windows])
     print_lines(failure_lines(run, look, is_full=True))
-    following = next_steps(run)
+    _print_next(next_steps(run))
+    return 0
+
+
+def _print_next(following: Sequence[str]) -> None:
+    from b2s.output import print_lines
+
     if following:
         print_lines(["", "next:", *(f"  {line}" for line in following)])
-    return 0
 
 
 def run_id_of(connection: Connection, word: str) -> int:

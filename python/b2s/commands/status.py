@@ -18,7 +18,10 @@ select distinct on (h.pipeline) h.*,
        (select count(distinct s.order_index) from etl.step_history s
          where s.run_id = h.run_id and s.status not in ('pending', 'running', 'retrying')) as ended_steps
   from etl.run_history h
+ where h.kind = 'run'
  order by h.pipeline, h.run_id desc"""
+_BACKFILLS: Final = """
+select * from etl.backfill_progress b where b.status = 'running' order by b.pipeline, b.run_id"""
 _HEALTH: Final = "select * from etl.procedure_health h order by h.pipeline, h.type, h.procedure"
 _FREEZE: Final = "select * from etl.full_refresh_freezes f order by f.freeze_id desc limit 1"
 
@@ -29,16 +32,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Prints the last run of each pipeline, what an active one is at, each procedure's health, the freeze."""
+    from b2s.backfillview import status_lines
     from b2s.db import connect
     from b2s.output import documents, print_json, print_lines, style
 
     with connect(arguments.dsn) as connection:
         runs = documents(connection, _LAST_RUNS)
+        backfills = documents(connection, _BACKFILLS)
         health = documents(connection, _HEALTH)
         freezes = documents(connection, _FREEZE)
     freeze = freezes[0] if freezes else None
     if arguments.json:
-        print_json({"runs": runs, "procedures": health, "full_refresh_freeze": freeze})
+        print_json(
+            {"runs": runs, "backfills": backfills, "procedures": health, "full_refresh_freeze": freeze}
+        )
         return 0
     look = style()
     if not health:
@@ -46,6 +53,7 @@ def execute(arguments: argparse.Namespace) -> int:
     if health and not runs:
         print("nothing has run yet: b2s run")
     print_lines(line for run in runs for line in _run_lines(run, look))
+    print_lines(status_lines(backfills, look))
     if freeze and freeze["is_frozen"]:
         print(
             look.paint(f"full refreshes are frozen by {freeze['changed_by']}: {freeze['reason']}", "yellow")
