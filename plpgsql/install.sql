@@ -25,7 +25,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 4706dd74ed40e92f4063969317f15c7c470fbdc193bdcfa282355bc1e5a58aa9
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 77d56f2f28b81dd68ad4d9bb4979be907d0a0874d2dda406400506df71162666
+\set sha256 37dd594c3351603b2a9561610f0e2c60bfef21fddff50b880a233255b3098fb8
 \ir install/migration.sql
 
 -- Engine
