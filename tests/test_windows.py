@@ -344,6 +344,37 @@ def test_a_writer_on_a_replication_connection_is_a_writer(watch: Watch) -> None:
     assert watch.catch_up() == ["early", "late"]
 
 
+def test_a_session_that_streams_changes_holds_nothing_back(private_server: Server) -> None:
+    """A server of its own: a logical slot waits for every transaction of the server that is open."""
+    database = private_server.create_database(template=private_server.migrated_template())
+    with Watch(database, "timestamp") as watch:
+        watch.conn.execute("create publication p for table bronze.src")
+        watch.configure()
+        streaming = watch.session(replication="database")
+        streaming.execute("CREATE_REPLICATION_SLOT b2s TEMPORARY LOGICAL pgoutput")
+        streaming.pgconn.send_query(
+            b"START_REPLICATION SLOT b2s LOGICAL 0/0 (proto_version '1', publication_names 'p')"
+        )
+        wait_until(watch.conn, "select count(*) from pg_stat_replication where state = 'streaming'")
+        watch.let_a_second_pass()
+        watch.insert("row")
+        assert watch.catch_up() == ["row"]
+        streaming.close()
+
+
+def test_a_column_without_a_time_zone_is_read_alike_by_readers_of_any_zone(by_time: Watch) -> None:
+    by_time.pipeline.sql(
+        "alter table bronze.src alter at type timestamp, alter at set default localtimestamp"
+    )
+    by_time.configure()
+    zones = ("Pacific/Kiritimati", "Pacific/Pago_Pago", "UTC")
+    for zone in zones:
+        by_time.insert(zone)
+        by_time.let_a_second_pass()
+        by_time.pipeline.start(by_time.session(options=f"-c timezone={zone}"))
+    assert by_time.catch_up() == sorted(zones)
+
+
 def test_a_writer_that_counts_time_in_another_zone_loses_nothing(watch: Watch) -> None:
     watch.configure()
     writer = watch.session(options="-c timezone=Pacific/Kiritimati")
@@ -602,6 +633,21 @@ def test_an_id_drawn_early_in_the_writing_transaction_is_not_lost(by_id: Watch) 
     assert by_id.catch_up() == ["early", "late"]
 
 
+def test_an_id_drawn_in_a_savepoint_that_is_rolled_back_is_not_lost(by_id: Watch) -> None:
+    by_id.configure()
+    writer = by_id.session()
+    writer.execute("begin")
+    writer.execute("savepoint a")
+    row = writer.execute("select nextval('bronze.src_id_seq')").fetchone()
+    assert row is not None
+    writer.execute("rollback to a")
+    by_id.insert("early")
+    by_id.run()
+    writer.execute("insert into bronze.src (id, note) overriding system value values (%s, 'late')", row)
+    writer.execute("commit")
+    assert by_id.catch_up() == ["early", "late"]
+
+
 def test_a_sequence_that_hands_out_ids_in_advance_is_refused(by_id: Watch) -> None:
     by_id.pipeline.sql("alter sequence bronze.src_id_seq cache 20")
     with refused("PT422", "config.invalid") as refusal:
@@ -649,11 +695,12 @@ def test_a_writer_of_one_partition_is_a_writer_of_the_table(watch: Watch) -> Non
     assert watch.catch_up() == ["early", "late"]
 
 
+@pytest.mark.parametrize("source", [None, "select max(id) from bronze.parts"], ids=["column", "query"])
 def test_a_partition_that_is_attached_while_the_bound_is_being_read_has_its_writers_waited_for(
-    by_id: Watch,
+    by_id: Watch, source: str | None
 ) -> None:
     by_id.pipeline.sql(PARTS)
-    by_id.configure("parts")
+    by_id.configure("parts", source=source)
     locker, writer = by_id.session(), by_id.session()
     locker.execute("begin")
     locker.execute("lock table only bronze.parts_1 in access exclusive mode")
@@ -684,6 +731,21 @@ def test_a_truncated_source_does_not_move_the_watermark_back(watch: Watch) -> No
         assert watch.pipeline.watermark("load") == before
     watch.insert("after")
     assert watch.catch_up() == ["after", "before"]
+
+
+def test_ids_of_a_query_are_not_held_back_by_another_pipeline_that_runs(by_id: Watch) -> None:
+    other = Pipeline(by_id.pipeline.db, "other")
+    other.add("waits", Gate.WAIT)
+    other.apply()
+    by_id.configure(source="select max(id) from bronze.src")
+    by_id.insert("row")
+    with other.gate() as gate:
+        started = other.start_in_background(pipeline="other")
+        gate.wait_for_arrivals()
+        by_id.run(pipeline="bronze_to_silver")
+        assert by_id.copied() == ["row"]
+        gate.open()
+        started.result()
 
 
 # -- as_of and first runs --
