@@ -1,7 +1,8 @@
 """Writes the generated parts of the documentation: `make docs`, or python docs/generate.py [--dsn DSN].
 
 sql-reference.md comes whole from the comments in the database, the tables of configuration.md from the JSON
-Schema of transformations.yaml. Without --dsn a private server is started and removed again.
+Schema of transformations.yaml, rules/*.md and the table of lint.md from the rules of `b2s lint`. Without --dsn
+a private server is started and removed again.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from typing import Any, Final
 import psycopg
 
 from b2s.config import json_schema
+from b2s.lint.report import rule_page, rule_rows
+from b2s.lint.rule import all_rules
 
 Connection = psycopg.Connection[Any]
 
 HERE: Final = Path(__file__).resolve().parent
 SQL_REFERENCE: Final = HERE / "sql-reference.md"
 CONFIGURATION: Final = HERE / "configuration.md"
+LINT: Final = HERE / "lint.md"
+RULES: Final = HERE / "rules"
 WHOLE_FILE: Final = "File"
 
 _INTRODUCTION: Final = """\
@@ -122,6 +127,23 @@ def field_tables() -> dict[str, list[str]]:
     }
 
 
+def lint(text: str) -> str:
+    """The text of lint.md with the table of the rules made anew."""
+    rows = [f"| {' | '.join(row)} |" for row in rule_rows()]
+    table = "\n".join(["| rule | name | severity | finds |", "| --- | --- | --- | --- |", *rows])
+    return re.sub(
+        r"<!-- rules -->\n.*?<!-- end -->",
+        lambda _: f"<!-- rules -->\n\n{table}\n\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def rule_pages() -> dict[Path, str]:
+    """A page for each rule."""
+    return {RULES / f"{code}.md": rule_page(rule) for code, rule in all_rules().items()}
+
+
 def _fields(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     required = model.get("required", ())
     for name, field in model["properties"].items():
@@ -191,6 +213,8 @@ def main() -> int:
     wanted = {
         SQL_REFERENCE: _from_database(arguments.dsn),
         CONFIGURATION: configuration(CONFIGURATION.read_text(encoding="utf-8")),
+        LINT: lint(LINT.read_text(encoding="utf-8")),
+        **rule_pages(),
     }
     stale = [
         path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
@@ -198,6 +222,7 @@ def main() -> int:
     for path in stale:
         print(f"{path.name} {'is out of date' if arguments.check else 'written'}", file=sys.stderr)
         if not arguments.check:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(wanted[path], encoding="utf-8")
     return 1 if arguments.check and stale else 0
 

@@ -22,6 +22,7 @@ from b2s import __version__
 COMMANDS: Final = {
     "migrate": "install b2s into a database, or upgrade it",
     "sync-config": "apply transformations.yaml to the database",
+    "lint": "find in the SQL what will hurt, before anything runs",
     "plan": "show what a run would do",
     "test": "prove that routines keep their contract, on a scratch copy",
     "run": "run procedures, with live progress",

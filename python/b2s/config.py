@@ -27,6 +27,7 @@ from b2s.configmodel import (
     Group,
     IntegerParam,
     Items,
+    Lint,
     MvRefresh,
     NotNullCheck,
     NumberParam,
@@ -82,6 +83,7 @@ _MODELS: Final[dict[tuple[str, ...], tuple[str, type[BaseModel]]]] = {
     ("procedures", "*", "checks", "*"): ("a check", CheckModel),
     ("procedures", "*", "mv_refresh", "*"): ("an mv_refresh entry", MvRefresh),
     ("schedules", "*"): ("a schedule", Schedule),
+    ("lint",): ("lint", Lint),
 }
 _SYNONYMS: Final = {
     "depends_on": "dependencies",

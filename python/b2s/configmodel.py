@@ -471,6 +471,22 @@ class Schedule(Model):
     )
 
 
+class Lint(Model):
+    """How `b2s lint` judges the SQL of this pipeline."""
+
+    rules: dict[str, Literal["error", "warning", "info", "off"]] = Field(
+        default={}, description="Rule (B401) -> the severity of its findings here, or off."
+    )
+    bronze: Identifiers = Field(default=("bronze",), description="Schemas that no step may write.")
+    target_version: Annotated[int, Field(ge=15, le=99)] | None = Field(
+        default=None, description="The oldest PostgreSQL that must understand the SQL; default: 15."
+    )
+    on_sync: Literal["error", "warn", "off"] = Field(
+        default="off",
+        description="What `b2s sync-config` does about findings in the routines: refuse, show, or nothing.",
+    )
+
+
 class Config(Model):
     """A b2s pipeline: procedures, their order and their rules."""
 
@@ -498,6 +514,7 @@ class Config(Model):
     schedules: Annotated[tuple[Schedule, ...], Field(strict=False)] = Field(
         default=(), description="Runs that start by the clock."
     )
+    lint: Lint = Field(default=Lint(), description="How `b2s lint` judges the SQL; no run depends on it.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from b2s.configmodel import Config
+    from b2s.db import Connection
     from b2s.render import Style
     from b2s.sync import Change, SyncPlan
 
@@ -17,6 +20,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s sync-config."""
     parser.epilog = (
         "Prints + added, ~ changed (old -> new), - removed; ! what changed in the catalog by other means."
+    )
+    parser.add_argument(
+        "--lint",
+        choices=("error", "warn", "off"),
+        help="look at the routines of the database first: refuse to apply on findings, only show them, "
+        "or do not look (default: lint.on_sync of the file)",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="show the plan and change nothing")
@@ -33,6 +42,8 @@ def execute(arguments: argparse.Namespace) -> int:
     is_look = arguments.dry_run or arguments.check
     loaded = load_config(Path(arguments.config))
     with connect(arguments.dsn) as connection:
+        if not _passes_lint(connection, loaded.config, arguments.lint or loaded.config.lint.on_sync):
+            return 1
         plan = plan_config(connection, loaded)
         if not arguments.json:
             print_lines(plan_lines(plan, style()))
@@ -42,6 +53,28 @@ def execute(arguments: argparse.Namespace) -> int:
     else:
         print(_conclusion(plan, applied, is_look=is_look))
     return 1 if arguments.check and (plan.changes or plan.drift) else 0
+
+
+def _passes_lint(connection: Connection, config: Config, demand: str) -> bool:
+    """Shows, as remarks, what lint finds in the configured routines; False when that forbids to apply."""
+    if demand == "off":
+        return True
+    from b2s.lint import parser
+    from b2s.lint.database import read_database
+    from b2s.lint.engine import Options, lint
+    from b2s.lint.report import summary, text_lines
+    from b2s.output import remark
+    from b2s.render import Style
+
+    parser.require()
+    live = read_database(connection, config)
+    target = config.lint.target_version or live.version
+    report = lint(live.sources, config, Options(target_version=target), live.foreign or ())
+    for line in text_lines(report, Style.of(sys.stderr)):
+        remark(line)
+    is_refused = demand == "error" and any(one.is_failure for one in report.findings)
+    remark(f"lint: {summary(report)}{'; nothing was applied' if is_refused else ''}")
+    return not is_refused
 
 
 def plan_lines(plan: SyncPlan, style: Style) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""The rules, one a file; each file registers itself."""
