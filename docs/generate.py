@@ -1,8 +1,8 @@
 """Writes the generated parts of the documentation: `make docs`, or python docs/generate.py [--dsn DSN].
 
 sql-reference.md comes whole from the comments in the database, the tables of configuration.md from the JSON
-Schema of transformations.yaml, rules/*.md and the table of lint.md from the rules of `b2s lint`. Without --dsn
-a private server is started and removed again.
+Schema of transformations.yaml, rules/*.md and the table of lint.md from the rules of `b2s lint`.
+Without --dsn a private server is started and removed again.
 """
 
 from __future__ import annotations

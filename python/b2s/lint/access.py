@@ -11,6 +11,7 @@ from b2s.lint.parser import children, kind
 
 HOLE: Final = "b2s_hole"
 """Stands in a folded text for what is only known at run time."""
+TOO_DEEP: Final = "expressions are nested too deeply to be judged"
 _TARGETS: Final = {
     "InsertStmt": "insert", "UpdateStmt": "update", "DeleteStmt": "delete", "MergeStmt": "merge",
 }  # fmt: skip
@@ -46,11 +47,12 @@ class Access:
 
 def accesses_of(routine: Routine) -> list[Access]:
     """All accesses of a routine to tables that outlive it."""
-    found = [
-        access
-        for statement, expr in routine.exprs
-        for access in _of(expr.node, frozenset(), _Context(expr, statement))
-    ]
+    found: list[Access] = []
+    for statement, expr in routine.exprs:
+        try:
+            found += _of(expr.node, frozenset(), _Context(expr, statement))
+        except RecursionError:
+            routine.failures.append((expr.offset, TOO_DEEP))
     temporary = {access.name for access in found if _is_temporary(access)}
     return [
         access

@@ -45,7 +45,7 @@ _PASSING: Final = frozenset(
     ]
 )
 """Functions whose result holds what their arguments hold."""
-_DEPTH: Final = 8
+_ARITHMETIC: Final = frozenset(["+", "-", "*", "/", "%", "^", "=", "<>", "<", ">", "<=", ">="])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,35 +72,42 @@ def fold_all(routine: Routine) -> dict[int, tuple[Expr, Folded]]:
         if not statement.exprs or statement.exprs[0].value is None:
             continue
         expr = statement.exprs[0]
-        folded = _fold(expr.value, routine, _DEPTH)
+        folded = _folded(expr.value, routine)
         found[id(statement)] = (expr, folded)
         statement.dynamic = fragment(folded.text, expr.offset)
     routine.__dict__.pop("exprs", None)
     return found
 
 
-def _fold(node: Any, routine: Routine, depth: int) -> Folded:
+def _folded(node: Any, routine: Routine) -> Folded:
+    try:
+        return _fold(node, routine, frozenset())
+    except RecursionError:
+        return Folded(HOLE, (), False)
+
+
+def _fold(node: Any, routine: Routine, seen: frozenset[str]) -> Folded:
     name = kind(node)
     if name == "A_Const":
         return Folded(_constant(node))
-    if depth <= 0:
-        return Folded(HOLE, (node,), False)
     if name == "A_Expr" and node.name[-1].sval == "||" and node.lexpr is not None:
-        return _fold(node.lexpr, routine, depth) + _fold(node.rexpr, routine, depth)
+        return _fold(node.lexpr, routine, seen) + _fold(node.rexpr, routine, seen)
+    if name == "A_Expr" and node.name[-1].sval in _ARITHMETIC:
+        return Folded(HOLE, (), False)
     if name == "FuncCall":
-        return _call(node, routine, depth)
+        return _call(node, routine, seen)
     if name == "CoalesceExpr":
-        return _any(list(node.args), routine, depth)
+        return _any(list(node.args), routine, seen)
     if name == "CaseExpr":
         results = [one.result for one in node.args] + ([node.defresult] if node.defresult else [])
-        return _any(results, routine, depth)
+        return _any(results, routine, seen)
     if name == "TypeCast":
         is_harmless = node.typeName.names[-1].sval in HARMLESS and not node.typeName.arrayBounds
-        return Folded(HOLE, (), False) if is_harmless else _fold(node.arg, routine, depth)
+        return Folded(HOLE, (), False) if is_harmless else _fold(node.arg, routine, seen)
     if name == "ColumnRef" and len(node.fields) == 1 and kind(node.fields[0]) == "String":
-        return _variable(node, node.fields[0].sval, routine, depth)
+        return _variable(node, node.fields[0].sval, routine, seen)
     if name == "SubLink" and getattr(node.subselect, "targetList", None):
-        return _any([node.subselect.targetList[0].val], routine, depth)
+        return _any([node.subselect.targetList[0].val], routine, seen)
     if name in ("SQLValueFunction", "BoolExpr", "NullTest", "A_ArrayExpr"):
         return Folded(HOLE, (), False)
     return Folded(HOLE, (node,), False)
@@ -114,30 +121,30 @@ def _constant(node: Any) -> str:
     return ""
 
 
-def _any(nodes: list[Any], routine: Routine, depth: int) -> Folded:
+def _any(nodes: list[Any], routine: Routine, seen: frozenset[str]) -> Folded:
     """One of several: the text of the first, the dangers of all."""
-    folded = [_fold(one, routine, depth - 1) for one in nodes]
+    folded = [_fold(one, routine, seen) for one in nodes]
     unsafe = tuple(node for one in folded for node in one.unsafe)
     return Folded(folded[0].text if folded else "", unsafe, False)
 
 
-def _call(node: Any, routine: Routine, depth: int) -> Folded:
+def _call(node: Any, routine: Routine, seen: frozenset[str]) -> Folded:
     name = node.funcname[-1].sval
     args = list(node.args or ())
     if name == "format" and args and not node.func_variadic:
-        return _format(args, routine, depth)
+        return _format(args, routine, seen)
     if name in _QUOTING:
         return Folded(HOLE if name == "quote_ident" else "null", (), False)
     if name not in _PASSING:
         return Folded(HOLE, (), False)
-    folded = [_fold(one, routine, depth - 1) for one in args]
+    folded = [_fold(one, routine, seen) for one in args]
     if name == "concat":
         return sum(folded, Folded(""))
     return Folded(HOLE, tuple(one for part in folded for one in part.unsafe), False)
 
 
-def _format(args: list[Any], routine: Routine, depth: int) -> Folded:
-    template = _fold(args[0], routine, depth - 1)
+def _format(args: list[Any], routine: Routine, seen: frozenset[str]) -> Folded:
+    template = _fold(args[0], routine, seen)
     whole = Folded("", template.unsafe, template.is_whole)
     done, position = 0, 0
     for match in _SPEC.finditer(template.text):
@@ -154,12 +161,14 @@ def _format(args: list[Any], routine: Routine, depth: int) -> Folded:
             text = _constant(value) if kind(value) == "A_Const" else HOLE
             whole += Folded(text, (), kind(value) == "A_Const")
         else:
-            whole += _fold(value, routine, depth - 1)
+            whole += _fold(value, routine, seen)
     return whole + Folded(template.text[done:])
 
 
-def _variable(node: Any, name: str, routine: Routine, depth: int) -> Folded:
+def _variable(node: Any, name: str, routine: Routine, seen: frozenset[str]) -> Folded:
     variable = routine.variables.get(name)
+    if name in seen:
+        return Folded(HOLE, (), False)
     if variable is None:
         return Folded(HOLE, (node,), False)
     if variable.type.lower() in HARMLESS:
@@ -168,15 +177,8 @@ def _variable(node: Any, name: str, routine: Routine, depth: int) -> Folded:
     values = [one.value for one in given if one is not None and one.value is not None]
     if variable.is_argument or not given or len(values) < len(given):
         return Folded(HOLE, (node,), False)
-    folded = [_fold(one, routine, depth - 1) for one in values]
-    unsafe = tuple(one for part in folded for one in part.unsafe if not _is_itself(one, name))
+    folded = [_fold(one, routine, seen | {name}) for one in values]
+    unsafe = tuple(one for part in folded for one in part.unsafe)
     if len(folded) == 1:
         return Folded(folded[0].text, unsafe, folded[0].is_whole)
     return Folded(folded[0].text, unsafe, False)
-
-
-def _is_itself(node: Any, name: str) -> bool:
-    """`v := v || ...`: what v holds already is judged where it was put in."""
-    return (
-        kind(node) == "ColumnRef" and len(node.fields) == 1 and getattr(node.fields[0], "sval", None) == name
-    )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from b2s.lint.access import TOO_DEEP
 from b2s.lint.frontend import Parsed, read
 from b2s.lint.project import OLDEST_SERVER, Project, Step
 from b2s.lint.rule import Hit, Rule, Severity, all_rules
@@ -86,9 +87,10 @@ def lint(
     parsed = [read(source) for source in sources]
     given = config.lint.target_version if config else None
     project = Project(parsed, config, options.target_version or given or OLDEST_SERVER)
-    found = list(_unreadable(parsed, rules))
+    found: list[Finding] = []
     for step in project.steps:
         found += _judge(step, project, rules)
+    found += _unreadable(parsed, rules)
     found += _foreign(foreign, rules)
     kept, suppressed = _without_suppressed(parsed, found, rules)
     routines = sum(len(one.routines) for one in parsed)
@@ -123,6 +125,7 @@ def _judge(step: Step, project: Project, rules: dict[str, tuple[Rule, Severity]]
             hits = list(rule.check(step, project))
         except RecursionError:
             hits = []
+            step.routine.failures.append((step.routine.offset, TOO_DEEP))
         for hit in hits:
             yield _finding(step.routine.source, rule, severity, hit, step.routine.full_name)
 
@@ -151,7 +154,7 @@ def _unreadable(parsed: list[Parsed], rules: dict[str, tuple[Rule, Severity]]) -
         return
     rule, severity = rules[UNREADABLE]
     for one in parsed:
-        for offset, message in one.failures:
+        for offset, message in one.all_failures:
             yield _finding(one.source, rule, severity, Hit(offset, message))
 
 

@@ -27,6 +27,11 @@ class Parsed:
     statements: list[Expr] = field(default_factory=list)
     failures: list[tuple[int, str]] = field(default_factory=list)
 
+    @property
+    def all_failures(self) -> list[tuple[int, str]]:
+        """What could not be read, inside routines and outside."""
+        return [*self.failures, *(one for routine in self.routines for one in routine.failures)]
+
 
 def read(source: Source) -> Parsed:
     """Reads a source; what cannot be parsed is recorded, never raised."""
@@ -38,8 +43,6 @@ def read(source: Source) -> Parsed:
             parsed.routines.append(_routine(source, piece))
         else:
             parsed.statements.append(Expr(piece.node, _shifted(piece.offset), piece.offset))
-    for routine in parsed.routines:
-        parsed.failures += routine.failures
     return parsed
 
 

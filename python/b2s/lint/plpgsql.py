@@ -24,6 +24,8 @@ _ATTEMPTS: Final = 12
 _NOT_SCALAR: Final = re.compile(r'"([^".]+)" is not a scalar variable|variable "([^"]+)" has pseudo-type')
 _NOT_RECORD: Final = re.compile(r'"([^".]+)\.[^"]*" is not a known variable|"([^".]+)" is not a record')
 _SYNTAX: Final = re.compile(r'at or near "(.+)"$', re.DOTALL)
+_VERBS: Final = frozenset({"select", "insert", "update", "delete", "merge", "with", "perform", "call"})
+_PERFORM: Final = re.compile(r"^perform", re.IGNORECASE)
 _SELECT: Final = "SELECT "
 _KEPT: Final = frozenset({"pg_catalog", "public"})
 _ERROR_LEVEL: Final = 21
@@ -99,7 +101,24 @@ def _error_offset(error: SqlError, body: str) -> int:
         places = [token.start for token in tokens_of(body) if token.text == match[1]]
         if len(places) == 1:
             return places[0]
-    return len(body) - len(body.lstrip())
+    return _failing_segment(error.message, body) or len(body) - len(body.lstrip())
+
+
+def _failing_segment(message: str, body: str) -> int | None:
+    """The place of an error that says none: between two semicolons stands a statement that fails alike."""
+    begin = None
+    for token in tokens_of(body):
+        if begin is None and token.text.lower() in _VERBS:
+            begin = token.start
+        elif begin is not None and token.text == ";":
+            text = _PERFORM.sub("select", body[begin : token.start])
+            try:
+                parse(text)
+            except SqlError as error:
+                if error.message == message:
+                    return begin + (error.offset or 0)
+            begin = None
+    return None
 
 
 # -- types --

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from b2s.lint.model import Stmt
 from b2s.lint.parser import kind
 from b2s.lint.project import Project, Step
 from b2s.lint.rule import Hit, rule
@@ -57,14 +58,18 @@ def unordered_limit(step: Step, project: Project) -> Iterator[Hit]:
             continue
         if all(kind(target.val) == "A_Const" for target in node.targetList or ()):
             continue
-        is_top = visit.parent is None
-        if is_top and statement is not None and (statement.targets or statement.kind in ("perform", "if")):
+        if visit.parent is None and statement is not None and _is_probe(statement, node):
             continue
         yield Hit(
             expr.offset_of(node.limitCount),
             "limit without order by takes any rows",
             "add order by, or use max_window",
         )
+
+
+def _is_probe(statement: Stmt, node: Any) -> bool:
+    is_into = statement.kind == "execsql" and bool(statement.targets)
+    return statement.kind == "perform" or (is_into and _is_one(node.limitCount))
 
 
 def _is_all(node: Any) -> bool:
