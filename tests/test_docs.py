@@ -17,7 +17,7 @@ from docs import generate
 from tests.servers import Database
 
 PROJECT: Final = Path(__file__).resolve().parents[1]
-PAGES: Final = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES: Final = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 SQL: Final = [path.read_text(encoding="utf-8") for path in sorted((PROJECT / "plpgsql").rglob("*.sql"))]
 COMPLETE: Final = "# a complete file\n"
 NOT_CODES: Final = ("etl.", "b2s.", "pg_")
