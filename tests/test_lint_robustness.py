@@ -186,3 +186,17 @@ def test_every_statement_knows_its_place_however_the_body_is_quoted(body: str) -
         text[expr.offset_of(visit.node) :][:1] for _, expr in routine.exprs for visit in expr.find("RangeVar")
     }
     assert places == {"a", "b"}
+
+
+def test_the_statements_of_a_bound_body_know_their_places() -> None:
+    text = (
+        "create function s.f() returns bigint language sql begin atomic\n"
+        "  insert into a (id) select 1;\n  select case when true then 1 end from b;\nend;"
+    )
+    (routine,) = read(Source("x.sql", text)).routines
+    assert [text[one.offset :][:6] for one in routine.all_statements] == ["insert", "select"]
+
+
+def test_extension_scripts_are_read_like_others() -> None:
+    text = "create function @extschema@.f() returns int language sql as $$ select n from @extschema@.t $$;"
+    assert lint([Source("x.sql", text)]).findings == ()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 from b2s.lint.model import Argument, Expr, Routine, Stmt
-from b2s.lint.parser import SqlError, kind, parse
+from b2s.lint.parser import SqlError, kind, parse, tokens_of
 from b2s.lint.plpgsql import read_body
 from b2s.lint.sources import Source
 from b2s.lint.sqltext import Piece, pieces
@@ -109,12 +110,25 @@ def _read_bound(routine: Routine, piece: Piece) -> None:
     def place(location: int) -> int:
         return location + piece.offset
 
-    body = piece.node.sql_body
-    routine.body = piece.text
-    for node in _flat(body):
+    begins = _bound_statements(piece.text)
+    for node in _flat(piece.node.sql_body):
         expr = Expr(node, place, routine.offset)
-        expr.offset = expr.offset_of(node)
+        first = expr.offset_of(node)
+        expr.offset = max(
+            (piece.offset + one for one in begins if piece.offset + one <= first), default=first
+        )
         routine.statements.append(Stmt("execsql", expr.offset, [expr]))
+
+
+def _bound_statements(text: str) -> list[int]:
+    """Where the statements of a BEGIN ATOMIC body begin: behind ATOMIC, and behind each semicolon."""
+    tokens = tokens_of(text)
+    atomic = next((index for index, token in enumerate(tokens) if token.kind == "ATOMIC"), len(tokens))
+    return [
+        token.start
+        for before, token in pairwise(tokens[atomic:])
+        if before.kind == "ATOMIC" or before.text == ";"
+    ]
 
 
 def _flat(value: Any) -> list[Any]:

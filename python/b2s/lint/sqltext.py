@@ -1,6 +1,7 @@
 """Cuts a file into statements, so that one that cannot be parsed hides no other. Offsets never change.
 
-What only psql understands (backslash lines, variables, the data of COPY) is replaced by text of equal length.
+What only psql and CREATE EXTENSION understand (backslash lines, variables, the data of COPY, @extschema@) is
+replaced by text of equal length.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Piece:
 def pieces(text: str) -> Iterator[Piece]:
     """The statements of a file in their order."""
     text = _COPY.sub(lambda match: _blank_group(match, "data"), text)
-    text = _without_meta(text)
+    text = _without_meta(text.replace("@extschema@", "_extschema_"))
     try:
         for start, end in _spans(text):
             yield from _piece(text[start:end], start)

@@ -31,6 +31,8 @@ def definer_search_path(step: Step, project: Project) -> Iterator[Hit]:
     bound to what it means already.
     """
     routine = step.routine
+    if routine.language in ("c", "internal"):
+        return
     if routine.is_definer and routine.search_path is None and not routine.is_bound:
         yield Hit(
             routine.offset,
