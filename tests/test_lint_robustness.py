@@ -168,15 +168,17 @@ def test_what_only_psql_understands_is_passed_over() -> None:
 @pytest.mark.parametrize("body", ["$$%s$$", "$x$%s$x$", "'%s'", "E'%s'"])
 def test_every_statement_knows_its_place_however_the_body_is_quoted(body: str) -> None:
     inner = (
-        "\ndeclare v int := 1; r silver.t%rowtype;\nbegin\n  if v = 1 then delete from a; end if;\n"
+        "\ndeclare v int := 1; r silver.t%rowtype;\nbegin\n  if 'x' = 'x' then delete from a; end if;\n"
         "  v := v + 1; select b.x into r from b where b.é = v;\n  perform f(v);\nend"
     )
-    text = f"-- é\ncreate function s.f() returns void language plpgsql as {body % inner};"
+    quoted = "'x'" if "$" in body else "''x''"
+    written = inner.replace("'x'", quoted)
+    text = f"-- é\ncreate function s.f() returns void language plpgsql as {body % written};"
     (routine,) = read(Source("x.sql", text)).routines
     assert routine.failures == []
     shown = [(one.kind, text[one.offset :].split(";")[0].split("\n")[0]) for one in routine.all_statements]
     assert [one for one in shown if one[0] not in ("block", "return")] == [
-        ("if", "if v = 1 then delete from a"),
+        ("if", f"if {quoted} = {quoted} then delete from a"),
         ("execsql", "delete from a"),
         ("assign", "v := v + 1"),
         ("execsql", "select b.x into r from b where b.é = v"),
@@ -200,3 +202,32 @@ def test_the_statements_of_a_bound_body_know_their_places() -> None:
 def test_extension_scripts_are_read_like_others() -> None:
     text = "create function @extschema@.f() returns int language sql as $$ select n from @extschema@.t $$;"
     assert lint([Source("x.sql", text)]).findings == ()
+
+
+def test_equal_statements_on_one_line_have_places_of_their_own() -> None:
+    body = "begin delete from a; delete from a; if true then delete from a; end if; end"
+    text = f"create function s.f() returns void language plpgsql as $$ {body} $$;"
+    (routine,) = read(Source("x.sql", text)).routines
+    places = [one.offset for one in routine.all_statements if one.kind == "execsql"]
+    assert places == [index for index in range(len(text)) if text.startswith("delete", index)]
+
+
+def test_types_that_only_the_database_knows_do_not_hinder_it() -> None:
+    declared = "a silver.t; b silver.t[]; c silver.t%rowtype; d silver.t.x%type; e silver.state := 'new'"
+    body = f"declare {declared}; begin a.x := 1; b[1] := a; c.x := a.x; d := 2; e := 'old'; return e; end"
+    header = "create function s.f(p silver.t, q silver.t[]) returns silver.state language plpgsql"
+    text = f"{header} as $$ {body} $$;"
+    assert read(Source("x.sql", text)).all_failures == []
+    field = text.replace("a.x := 1", "p.x := 1")
+    assert read(Source("x.sql", field)).all_failures == []
+
+
+def test_what_follows_a_bound_body_is_read_on_its_own() -> None:
+    text = (
+        "create function s.f(a int) returns int language sql begin atomic\n"
+        "  select case when a = 1 then 1 else 2 end;\nend;\n"
+        "selec 1;\n"
+        "create function s.g() returns bigint language sql as $$ select count(*) from t $$;\n"
+    )
+    found = [(one.line, one.code) for one in lint([Source("x.sql", text)]).findings]
+    assert found == [(4, "B001"), (5, "B503")]

@@ -194,3 +194,15 @@ language plpgsql set search_path = '' as $$
 begin
   insert into silver.t (id) select b.id from bronze.b b on conflict (id) do nothing;
 end $$;
+
+create function silver.h29(names text[]) returns bigint language plpgsql set search_path = '' as $$
+declare
+  v_sql text := 'select 1';
+  v_name text;
+begin
+  foreach v_name in array names loop
+    v_sql := v_sql || ' from silver.' || v_name;
+  end loop;
+  execute v_sql; --> B501
+  return 1;
+end $$;

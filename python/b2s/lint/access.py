@@ -60,7 +60,6 @@ def accesses_of(routine: Routine) -> list[Access]:
         if access.schema not in ("pg_temp", "pg_catalog", "information_schema")
         and not (access.schema == "" and (access.name in temporary or access.name.startswith("pg_")))
         and HOLE not in access.table
-        and not _is_temporary(access)
     ]
 
 

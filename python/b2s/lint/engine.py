@@ -161,12 +161,13 @@ def _unreadable(parsed: list[Parsed], rules: dict[str, tuple[Rule, Severity]]) -
 def _foreign(foreign: Iterable[Foreign], rules: dict[str, tuple[Rule, Severity]]) -> Iterator[Finding]:
     if FROM_SERVER not in rules:
         return
-    rule, _ = rules[FROM_SERVER]
+    rule, severity = rules[FROM_SERVER]
     for one in foreign:
         text = one.source.line(one.line)
         column = len(text) - len(text.lstrip()) + 1
+        shown = one.severity if severity == rule.severity else severity
         yield Finding(
-            one.source.path, one.line, column, rule.code, one.message, rule.name, one.severity, one.hint,
+            one.source.path, one.line, column, rule.code, one.message, rule.name, shown, one.hint,
             text, one.routine, _word(text, column),
         )  # fmt: skip
 
