@@ -25,7 +25,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 4706dd74ed40e92f4063969317f15c7c470fbdc193bdcfa282355bc1e5a58aa9
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 77d56f2f28b81dd68ad4d9bb4979be907d0a0874d2dda406400506df71162666
+\set sha256 7d200c3a9ca68cef64a10958790152fdcb51f76f6e551b952081331011b533bc
 \ir install/migration.sql
 
 -- Engine
@@ -60,6 +60,8 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_execute_refresh.sql
 \ir engine/_record_failure.sql
 \ir engine/_finish_run.sql
+\ir engine/_work.sql
+\ir engine/_resume.sql
 \ir engine/_rehearse.sql
 \ir engine/_compile_call.sql
 \ir engine/_compile_check.sql
@@ -83,6 +85,11 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/get_run.sql
 \ir api/list_procedures.sql
 \ir api/cancel_run.sql
+\ir api/submit_run.sql
+\ir api/work.sql
+\ir api/resume_run.sql
+\ir api/reap.sql
+\ir api/watchdog.sql
 \ir api/freeze_full_refresh.sql
 \ir api/set_watermark.sql
 \ir api/rebase_watermark.sql

@@ -52,7 +52,8 @@ begin
                                 else format('rolled back with its group: step %s failed', v_failed) end,
            error_detail = case when p.order_index = v_failed then failure->>'detail' end,
            error_hint = case when p.order_index = v_failed then failure->>'hint' end,
-           error_context = case when p.order_index = v_failed then failure->>'context' end
+           error_context = case when p.order_index = v_failed then failure->>'context' end,
+           blocked_by = case when p.order_index = v_failed then failure->'blocked_by' end
      where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index
        and p.attempt = scope.attempt
     returning p.*
@@ -106,18 +107,39 @@ $$;
 comment on function etl._note_interruption(bigint, text) is 'Records that a run is to stop because its session was interrupted.';
 revoke all on function etl._note_interruption(bigint, text) from public;
 
+-- A statement that etl.watchdog cancelled: that is the step's own failure, and nobody asked the run to stop.
+create or replace function etl._timed_out(scope etl.run_scopes, failure jsonb) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_timeout_ms bigint;
+begin
+  if failure->>'class' <> 'cancelled' or scope.kind <> 'steps' then return failure; end if;
+  select sum((p.settings->>'timeout_ms')::bigint) into v_timeout_ms
+    from etl.procedure_runs p
+   where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt
+     and p.timed_out_at is not null;
+  if v_timeout_ms is null then return failure; end if;
+  return failure || jsonb_build_object('class', 'timeout', 'code', 'step.timeout', 'message', format('the timeout of %s ms has passed', v_timeout_ms),
+    'hint', 'find out what it waited for (etl.step_history, pg_stat_activity), raise timeout, or read less at a time (max_window); then start the run again');
+end $$;
+comment on function etl._timed_out(etl.run_scopes, jsonb) is 'A failure as it is, or as a timeout when the watchdog had cancelled the step.';
+revoke all on function etl._timed_out(etl.run_scopes, jsonb) from public;
+
 -- Returns the milliseconds to wait before the scope is claimed again, or null: the run goes on with what is left.
 create or replace function etl._record_failure(run_id bigint, scope_index int, failure jsonb) returns float8
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan set jit = off as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
   v_run   etl.runs := etl._check_owner(run_id);
   v_scope etl.run_scopes;
   v_delay float8;
   v_stops boolean;
   v_is_halved boolean;
+  v_skipped   int[];
+  v_stopped   int[];
 begin
   select * into strict v_scope from etl.run_scopes s
    where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
+  failure := etl._timed_out(v_scope, failure);
   if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then perform etl._note_interruption(run_id, failure->>'message'); end if;
   if v_scope.kind = 'refresh' then
     perform etl._record_refresh_failure(v_scope, failure);
@@ -134,13 +156,16 @@ begin
       return v_delay;
     end if;
   end if;
-  perform etl._release(run_id, scope_index);
-  perform etl._skip_scopes(run_id, etl._requiring_scopes(run_id, scope_index),
-                           case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
+  v_skipped := etl._requiring_scopes(run_id, scope_index);
+  perform etl._skip_scopes(run_id, v_skipped, case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   select bool_or(p.on_failure = 'stop') into v_stops
     from etl.procedure_runs s join etl.procedures p using (procedure_id)
    where s.run_id = _record_failure.run_id and s.order_index between v_scope.first_order_index and v_scope.last_order_index;
-  if v_stops then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
+  if v_stops then
+    v_stopped := etl._pending_scopes(run_id);
+    perform etl._skip_scopes(run_id, v_stopped, 'stopped');
+  end if;
+  perform etl._release(run_id, scope_index || coalesce(v_skipped, '{}') || coalesce(v_stopped, '{}'));
   return null;
 end $$;
 comment on function etl._record_failure(bigint, int, jsonb) is

@@ -138,7 +138,8 @@ begin
     execute $q$
       select string_agg(format('%s (backend %s)', r.run_id, l.pid), ', ')
         from etl.runs r
-        join pg_catalog.pg_locks l on l.locktype = 'advisory' and l.classid = 6435443 and l.objid = r.pipeline_id::oid
+        join pg_catalog.pg_locks l on l.locktype = 'advisory' and l.classid = 6435443
+         and l.objid = (case r.kind when 'backfill' then -(r.run_id % 2147483647)::int else r.pipeline_id end)::oid
          and l.objsubid = 2 and l.granted and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
        where r.status = 'running' $q$ into v_active;
     if v_active is not null then

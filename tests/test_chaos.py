@@ -1,0 +1,30 @@
+"""Whatever happens to the sessions that execute a run, Silver ends as if nothing had happened."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos import FAULTS, Chaos, Dag
+from tests.servers import Server
+
+ROUNDS = 20
+SEED = 1
+
+
+@pytest.fixture
+def crashing_server(private_server: Server) -> Iterator[Server]:
+    private_server.migrated_template()
+    yield private_server
+
+
+def test_silver_is_the_same_after_chaos(crashing_server: Server) -> None:
+    template = crashing_server.migrated_template()
+    db, quiet = (crashing_server.create_database(template=template) for _ in range(2))
+    chaos = Chaos(db, seed=SEED, can_crash=True)
+    with chaos.watchdog():
+        for number in range(ROUNDS):
+            chaos.round()
+            assert chaos.problems() == [], f"after round {number} of seed {SEED}: {dict(chaos.counts)}"
+    assert chaos.differences(Dag(quiet)) == []
+    assert {name for name in FAULTS if chaos.counts[f"fault {name}"] == 0} == set()
+    chaos.close()
