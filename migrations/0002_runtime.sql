@@ -118,6 +118,7 @@ create table etl.run_scopes (
   slice_width            numeric,
   remaining_dependencies etl.remaining_count not null,
   is_passed              boolean not null default false,
+  ready_at               timestamptz,
   primary key (run_id, scope_index)
 ) with (fillfactor = 50);
 comment on table etl.run_scopes is
@@ -126,7 +127,8 @@ comment on column etl.run_scopes.required_by is 'Scopes that need this one to su
 comment on column etl.run_scopes.slice_width is
   'How much one slice reads: milliseconds, ids or transactions. Set when a slice ran out of a resource; null: max_window.';
 comment on column etl.run_scopes.attempt is 'The attempt at its steps that is pending or running.';
-comment on column etl.run_scopes.is_passed is 'For a barrier: all that comes before it has ended.';
+comment on column etl.run_scopes.is_passed is 'It has ended, and what waits for it was told. A barrier: all that comes before it has ended.';
+comment on column etl.run_scopes.ready_at is 'Not to be tried again before.';
 comment on column etl.run_scopes.precedes is 'Scopes that only have to come later (dimensions before facts).';
 
 -- No foreign key: rows are written together with their run, and runs and procedures are never deleted under them.

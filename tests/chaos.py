@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import socket
 import threading
 import time
@@ -133,12 +134,14 @@ class Dag:
         needed = "array[" + ", ".join(f"'{need}'" for need in needs) + "]::text[]"
         settings.setdefault("type", name.split("_")[0].replace("group", "fact"))
         before = settings.pop("before", "null")
+        by_step = {"name": "silver.by_step", "after": "run", "on": "success", "concurrently": "auto"}
         self.pipeline.add(
             name,
             f"{before}; perform silver.load('{name}', batch, p_run_id, {needed})",
             arguments="batch int, p_run_id bigint",
             params=[_BATCH],
             dependencies=list(needs),
+            mv_refresh=[*settings.pop("mv_refresh", []), by_step],
             **settings,
         )
         self.plain.append(name)
@@ -161,11 +164,8 @@ class Dag:
             before="lock table silver.gatekeeper in share mode",
         )
         self._plain("fact_timed", "dimension_2", timeout_ms=700)
-        refreshes = [
-            {"name": "silver.of_feeder", "after": "procedure", "on": "success", "concurrently": "auto"},
-            {"name": "silver.by_step", "after": "run", "on": "success", "concurrently": "auto"},
-        ]
-        self._plain("fact_feeder", "fact_3", mv_refresh=refreshes)
+        of_feeder = {"name": "silver.of_feeder", "after": "procedure", "on": "success", "concurrently": "auto"}
+        self._plain("fact_feeder", "fact_3", mv_refresh=[of_feeder])
         self._plain("fact_last", "group_2", "fact_feeder", "fact_8")
         self._pairs()
         for name, (kind, column, window) in _WINDOWS.items():
@@ -196,8 +196,8 @@ class Dag:
         for name, first, second in (("a", 1, 2), ("b", 2, 1)):
             self.pipeline.add(
                 f"deadlock_{name}",
-                f"update silver.pair set n = n + 1 where id = {first}; perform pg_sleep(0.01);"
-                f" update silver.pair set n = n + 1 where id = {second}",
+                f"update silver.pair p set n = p.n + 1 where id = {first}; perform pg_sleep(0.01);"
+                f" update silver.pair p set n = p.n + 1 where id = {second}",
                 retries=_EAGER,
             )
 
@@ -256,6 +256,7 @@ INVARIANTS: Final = {
           join etl.procedure_runs p using (procedure_id)
           join etl.procedure_runs n on n.run_id = p.run_id and n.procedure_id = d.depends_on_id
          where p.status in ('succeeded', 'advanced', 'failed', 'retrying') and n.started_at is not null
+           and (n.scope_index <> p.scope_index or n.attempt = p.attempt and p.status = 'succeeded')
            and (n.ended_at > p.started_at or n.status not in ('succeeded', 'retrying', 'advanced', 'rolled_back'))""",
     "a fact started before the dimensions had ended": """
         select f.run_id, f.procedure_name, f.started_at, d.ended_at from
@@ -317,8 +318,8 @@ _AFTER_A_SUCCESS: Final = {
         (select 'missing', step, count(*), sum(v) from silver.rows group by step
          except select 'missing', step, n, v from silver.by_step)
         union all
-        (select 'of_feeder', batch::text, null, sum(v) from silver.rows where step = 'fact_feeder' group by batch
-         except select 'of_feeder', batch::text, null, v from silver.of_feeder)""",
+        (select 'of_feeder', batch::text, null::bigint, sum(v) from silver.rows where step = 'fact_feeder' group by batch
+         except select 'of_feeder', batch::text, null::bigint, v from silver.of_feeder)""",
 }
 
 # -- sessions --
@@ -337,6 +338,12 @@ _LOOK: Final = (
 )
 _ALLOWED: Final = {None, "57P01", "57P02", "57P03", "57014", "PT409"}
 """What a call may end with when sessions are killed and cancelled and the server crashes."""
+
+
+def reason(error: psycopg.Error) -> str:
+    """SQLSTATE and stable code of an error."""
+    code = re.search(r'"code": "([^"]+)"', error.diag.message_detail or "")
+    return f"{error.sqlstate or 'connection lost'} {code[1] if code else ''}".rstrip()
 
 
 class Ending(NamedTuple):
@@ -376,11 +383,13 @@ class Actor:
             if (now := self._look()) != self.settings:
                 self.chaos.note(f"{routine} left behind the settings {now} instead of {self.settings}")
         except psycopg.Error as error:
-            self.chaos.answers[f"{routine}: {error.sqlstate or 'connection lost'}"] += 1
+            self.chaos.answers[f"{routine}: {reason(error)}"] += 1
             if error.sqlstate not in _ALLOWED:
                 self.chaos.note(f"{routine}({arguments.get('run_id', '')}) raised {error.sqlstate}: {error}")
             if error.sqlstate in (None, "57P01", "57P02", "57P03"):
                 conn.close()
+            else:  # who is refused, or interrupted in the middle, keeps the name of the step
+                conn.execute("select set_config('application_name', %s, false)", [self.name])
             return Ending(None, error.sqlstate, not conn.closed)
         return Ending(row, None, True)
 
@@ -668,7 +677,7 @@ class Chaos:
         helpers = self.actors[1 : self.rng.randint(1, 4)]
         working = [Background(partial(self._help, actor, done)) for actor in helpers]
         struck = [
-            Background(partial(self._strike, fault, self.rng.random() ** 2 * 0.8))
+            Background(partial(self._strike, fault, self.rng.random() ** 2 * 0.6))
             for fault in faults
             if fault not in _ARMED_BEFORE
         ]
@@ -700,7 +709,7 @@ class Chaos:
             with connect(self.db) as conn:
                 FAULTS[fault](self, conn)
         except psycopg.Error as error:
-            self.answers[f"{fault}: {error.sqlstate or 'connection lost'}"] += 1
+            self.answers[f"{fault}: {reason(error)}"] += 1
             if error.sqlstate not in _ALLOWED | {"40P01", "40001"}:
                 self.note(f"{fault} raised {error.sqlstate}: {error}")
 
@@ -727,7 +736,7 @@ class Chaos:
             reference.bring(batch)
         for batch in self.batches:
             run = reference.pipeline.start(**reference.request(batch))
-            assert run.status == "succeeded", run
+            assert run.status == "succeeded", reference.pipeline.run(run.run_id)["error_message"]
         reference.settle()
         mine, theirs = self._silver(self.dag), self._silver(reference)
         found = [

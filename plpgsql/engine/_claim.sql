@@ -6,8 +6,9 @@
 -- whole run, of which it has no statistics yet, to find the next scope (2,000 us). jit is off wherever a kind of plan is, as
 -- the server takes the penalty for a large query.
 
--- Scopes that ended free those that wait for them. Several sessions may do so at once: one statement, whose index scan takes
--- the rows in ascending order, so that they cannot wait for each other in a circle.
+-- Scopes that ended free those that wait for them, once: one that is passed has done so. Whoever ended a scope releases it; for
+-- a session that died before it could, another one does (etl._recover_lost_scopes). One statement, whose index scan takes the rows
+-- in ascending order, so that sessions cannot wait for each other in a circle.
 create or replace function etl._release(run_id bigint, scopes int[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -15,27 +16,39 @@ declare
 begin
   select array_agg(f.scope_index) into v_freed
     from etl.run_scopes s cross join lateral unnest(s.required_by || s.precedes) f(scope_index)
-   where s.run_id = _release.run_id and s.scope_index = any (scopes);
+   where s.run_id = _release.run_id and s.scope_index = any (scopes) and not s.is_passed;
   if v_freed is not null then
-    update etl.run_scopes s set remaining_dependencies = s.remaining_dependencies - cardinality(array_positions(v_freed, s.scope_index))
-     where s.run_id = _release.run_id and s.scope_index = any (v_freed);
+    update etl.run_scopes s
+       set remaining_dependencies = s.remaining_dependencies - coalesce(cardinality(array_positions(v_freed, s.scope_index)), 0),
+           is_passed = s.is_passed or s.scope_index = any (scopes)
+     where s.run_id = _release.run_id and s.scope_index = any (v_freed || scopes);
   end if;
 end $$;
 comment on function etl._release(bigint, int[]) is 'Counts ended scopes down in the scopes that wait for them.';
 revoke all on function etl._release(bigint, int[]) from public;
 
--- Ends scopes that will not run: their steps and refreshes are skipped. The caller frees what waits for them.
-create or replace function etl._skip_scopes(run_id bigint, scopes int[], reason text) returns void
+-- Ends scopes that will not run: their steps and refreshes are skipped. The caller frees what waits for those that are returned;
+-- another session may just have taken, or skipped, the others.
+create or replace function etl._skip_scopes(run_id bigint, scopes int[], reason text) returns int[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_skipped int[];
 begin
-  update etl.procedure_runs p set status = 'skipped', skip_reason = reason, ended_at = clock_timestamp()
-    from etl.run_scopes s
-   where s.run_id = _skip_scopes.run_id and s.scope_index = any (scopes)
-     and p.run_id = s.run_id and p.order_index between s.first_order_index and s.last_order_index and p.status = 'pending';
-  update etl.mv_refreshes m set status = 'skipped', skip_reason = reason, ended_at = clock_timestamp()
-   where m.run_id = _skip_scopes.run_id and m.scope_index = any (scopes) and m.status = 'pending';
+  with steps as (
+    update etl.procedure_runs p set status = 'skipped', skip_reason = reason, ended_at = clock_timestamp()
+      from etl.run_scopes s
+     where s.run_id = _skip_scopes.run_id and s.scope_index = any (scopes)
+       and p.run_id = s.run_id and p.order_index between s.first_order_index and s.last_order_index and p.status = 'pending'
+    returning p.scope_index
+  ), refreshes as (
+    update etl.mv_refreshes m set status = 'skipped', skip_reason = reason, ended_at = clock_timestamp()
+     where m.run_id = _skip_scopes.run_id and m.scope_index = any (scopes) and m.status = 'pending'
+    returning m.scope_index
+  )
+  select coalesce(array_agg(distinct q.scope_index), '{}') into v_skipped from (select * from steps union all select * from refreshes) q;
+  return v_skipped;
 end $$;
-comment on function etl._skip_scopes(bigint, int[], text) is 'Skips scopes that were not started, with a reason.';
+comment on function etl._skip_scopes(bigint, int[], text) is 'Skips scopes that were not started, with a reason; returns those it has skipped.';
 revoke all on function etl._skip_scopes(bigint, int[], text) from public;
 
 -- Scopes whose steps or refresh were not started.
@@ -58,6 +71,7 @@ begin
   select s.* into v_scope
     from etl.run_scopes s
    where s.run_id = _next_scope.run_id and s.scope_index > after_scope and s.remaining_dependencies = 0
+     and (s.ready_at is null or s.ready_at <= clock_timestamp())
      and case s.kind
            when 'steps' then (select p.status from etl.procedure_runs p
                                where p.run_id = s.run_id and p.order_index = s.first_order_index and p.attempt = s.attempt) = 'pending'
@@ -157,15 +171,13 @@ begin
   loop
     v_scope := etl._next_scope(run.run_id, after_scope);
     if v_scope.kind = 'barrier' then
-      update etl.run_scopes s set is_passed = true where s.run_id = run.run_id and s.scope_index = v_scope.scope_index;
       perform etl._release(run.run_id, array[v_scope.scope_index]);
       continue;
     end if;
     if v_scope.kind = 'refresh' then
       v_reason := etl._refresh_skip_reason(run.run_id, v_scope.scope_index);
       if v_reason is not null then
-        perform etl._skip_scopes(run.run_id, array[v_scope.scope_index], v_reason);
-        perform etl._release(run.run_id, array[v_scope.scope_index]);
+        perform etl._release(run.run_id, etl._skip_scopes(run.run_id, array[v_scope.scope_index], v_reason));
         continue;
       end if;
     end if;
@@ -175,14 +187,13 @@ end $$;
 comment on function etl._take_next(etl.runs, int) is 'Takes the next scope of a run that is ready; null when none is left.';
 revoke all on function etl._take_next(etl.runs, int) from public;
 
--- What was not started is skipped, and frees what waits for it together with the scope that has just ended.
+-- What was not started is skipped, and frees what waits for it together with the scope that has just ended. Sessions do this
+-- one at a time: the row of the run is locked.
 create or replace function etl._cancel_pending(run_id bigint, ended_scope int) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-  v_pending int[] := etl._pending_scopes(run_id);
 begin
-  perform etl._skip_scopes(run_id, v_pending, 'cancelled');
-  perform etl._release(run_id, array_remove(v_pending || nullif(ended_scope, 0), null));
+  perform from etl.runs r where r.run_id = _cancel_pending.run_id for update;
+  perform etl._release(run_id, array_remove(etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled') || nullif(ended_scope, 0), null));
 end $$;
 comment on function etl._cancel_pending(bigint, int) is 'Skips every scope of a run that was not started because the run is to stop.';
 revoke all on function etl._cancel_pending(bigint, int) from public;
@@ -194,29 +205,76 @@ $$;
 comment on function etl._has_worked(etl.runs) is 'Whether this session has executed a run, which another one may have ended since.';
 revoke all on function etl._has_worked(etl.runs) from public;
 
--- A sibling whose session died in a step: recorded like any error that can pass by itself, so that it is tried again.
-create or replace function etl._recover_lost_scopes(run etl.runs) returns void
+-- Sessions that died left scopes running, or ended and not released. Whoever looks executes nothing itself: what bears its own
+-- number it left behind in a CALL that was interrupted.
+create or replace function etl._lost_scopes(run etl.runs) returns table (scope_index int, worker_pid int, is_running boolean)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_alive int[] := etl._living_workers(run);
-  v_lost  record;
+  -- Its own snapshot, younger than the one that saw them at work: who was alive then and is gone now is gone.
+  v_alive int[];
 begin
-  for v_lost in
-    select s.scope_index, w.worker_pid
+  for scope_index, worker_pid, is_running in
+    select s.scope_index, max(w.worker_pid), bool_or(w.status = 'running')
       from etl.run_scopes s
-      join (select p.scope_index, p.worker_pid from etl.procedure_runs p where p.run_id = run.run_id and p.status = 'running'
-            union
-            select m.scope_index, m.worker_pid from etl.mv_refreshes m where m.run_id = run.run_id and m.status = 'running') w using (scope_index)
-     where s.run_id = run.run_id and w.worker_pid <> all (v_alive)
-       for update of s skip locked
+      join (select p.scope_index, p.worker_pid, p.status, p.attempt from etl.procedure_runs p where p.run_id = run.run_id
+            union all
+            select m.scope_index, m.worker_pid, m.status, 1 from etl.mv_refreshes m where m.run_id = run.run_id) w
+        on w.scope_index = s.scope_index and w.attempt = s.attempt
+     where s.run_id = run.run_id and not s.is_passed and w.worker_pid is not null
+       and (w.status = 'running' or w.status = 'succeeded' and s.required_by || s.precedes <> '{}')
+     group by s.scope_index
   loop
-    perform etl._record_failure(run.run_id, v_lost.scope_index, jsonb_build_object('class', 'transient', 'code', 'worker.lost', 'sqlstate', '57P01',
-      'message', format('the session that executed the step (backend %s) is gone', v_lost.worker_pid),
-      'hint', 'nothing of the step was kept; another session tries it again'));
+    v_alive := coalesce(v_alive, array_remove(etl._living_workers(run), pg_backend_pid()));
+    if worker_pid <> all (v_alive) then return next; end if;
   end loop;
 end $$;
-comment on function etl._recover_lost_scopes(etl.runs) is 'Has the steps of workers that died tried again, by those that are alive.';
+comment on function etl._lost_scopes(etl.runs) is 'Scopes that a session has left behind: running, or ended and not released.';
+revoke all on function etl._lost_scopes(etl.runs) from public;
+
+create or replace function etl._is_running(run_id bigint, scope_index int) returns boolean
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select exists (select from etl.procedure_runs p where p.run_id = _is_running.run_id and p.scope_index = _is_running.scope_index and p.status = 'running')
+      or exists (select from etl.mv_refreshes m where m.run_id = _is_running.run_id and m.scope_index = _is_running.scope_index and m.status = 'running')
+$$;
+comment on function etl._is_running(bigint, int) is 'Whether a scope has been taken and not ended.';
+revoke all on function etl._is_running(bigint, int) from public;
+
+-- What was running is recorded like any error that can pass by itself, so that it is tried again.
+create or replace function etl._recover_lost_scopes(run etl.runs) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_lost record;
+begin
+  if not exists (select from etl._lost_scopes(run)) then return false; end if;
+  perform from etl.runs r where r.run_id = run.run_id for update;
+  for v_lost in select * from etl._lost_scopes(run) loop
+    -- What a dead session did is final now: it may have ended the scope after it was seen at work.
+    if v_lost.is_running and etl._is_running(run.run_id, v_lost.scope_index) then
+      perform etl._record_failure(run.run_id, v_lost.scope_index, jsonb_build_object('class', 'transient', 'code', 'worker.lost', 'sqlstate', '57P01',
+        'message', format('the session that executed the step (backend %s) is gone', v_lost.worker_pid),
+        'hint', 'nothing of the step was kept; another session tries it again'));
+    elsif not v_lost.is_running then
+      perform etl._release(run.run_id, array[v_lost.scope_index]);
+    end if;
+  end loop;
+  return true;
+end $$;
+comment on function etl._recover_lost_scopes(etl.runs) is 'Has the steps of workers that died tried again, by those that are alive; false when there are none.';
 revoke all on function etl._recover_lost_scopes(etl.runs) from public;
+
+-- Nothing is running, nothing is ready, and nobody else is there to change that. While the run is locked, nobody joins it.
+create or replace function etl._is_stuck(run etl.runs) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  if etl._living_workers(run) <> array[pg_backend_pid()] then return false; end if;
+  perform from etl.runs r where r.run_id = run.run_id for update;
+  return etl._living_workers(run) = array[pg_backend_pid()]
+    and not exists (select from etl._lost_scopes(run))
+    and not exists (select from etl.run_scopes s where s.run_id = run.run_id and s.ready_at > clock_timestamp())
+    and (etl._next_scope(run.run_id, 0)).scope_index is null;
+end $$;
+comment on function etl._is_stuck(etl.runs) is 'Whether a run can never go on: only when the helpers of the engine were called out of turn.';
+revoke all on function etl._is_stuck(etl.runs) from public;
 
 -- When nothing is ready: the end of the run, or another session is at work on what is left.
 create or replace function etl._end_or_wait(run etl.runs) returns etl.run_scopes
@@ -228,13 +286,8 @@ begin
      and not exists (select from etl.mv_refreshes m where m.run_id = run.run_id and m.ended_at is null) then
     perform from etl.runs r where r.run_id = run.run_id and r.status = 'running' for update;
     if found then perform etl._finish_run(run); end if;
-  elsif etl._living_workers(run) = array[pg_backend_pid()]
-    and not exists (select from etl.procedure_runs p where p.run_id = run.run_id and p.status = 'running')
-    and not exists (select from etl.mv_refreshes m where m.run_id = run.run_id and m.status = 'running')
-    and (etl._next_scope(run.run_id, 0)).scope_index is null then
-    perform etl._fail_not_owned(run.run_id);
   else
-    perform etl._recover_lost_scopes(run);
+    if not etl._recover_lost_scopes(run) and etl._is_stuck(run) then perform etl._fail_not_owned(run.run_id); end if;
     v_scope.scope_index := 0;
   end if;
   return v_scope;

@@ -15,23 +15,23 @@ $$;
 comment on function etl._requiring_scopes(bigint, int) is 'The pending scopes that need one to succeed, transitively, or null.';
 revoke all on function etl._requiring_scopes(bigint, int) from public;
 
--- The new attempt has the same window, parameters and statement.
-create or replace function etl._prepare_attempt(scope etl.run_scopes) returns void
+-- The new attempt has the same window, parameters and statement. No session takes it up before the delay has passed.
+create or replace function etl._prepare_attempt(scope etl.run_scopes, delay_ms float8) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, window_since,
-    window_until, window_goal, slice_index)
+    window_until, window_goal, slice_index, definition)
   select p.run_id, p.order_index, p.attempt + 1, p.scope_index, p.procedure_id, p.procedure_name, p.procedure_type, p.group_name, p.mode,
          p.tx_scope, p.isolation, p.parameters, p.dependencies, p.statement, p.rows_column, p.lock_key, p.settings, p.watermark_strategy, p.state_key,
-         p.window_since, p.window_until, p.window_goal, p.slice_index
+         p.window_since, p.window_until, p.window_goal, p.slice_index, p.definition
     from etl.procedure_runs p
    where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt;
-  update etl.run_scopes s set attempt = s.attempt + 1
+  update etl.run_scopes s set attempt = s.attempt + 1, ready_at = clock_timestamp() + delay_ms * interval '1 ms'
    where s.run_id = scope.run_id and s.scope_index = scope.scope_index;
 end $$;
-comment on function etl._prepare_attempt(etl.run_scopes) is 'Plans the next attempt of a whole scope.';
-revoke all on function etl._prepare_attempt(etl.run_scopes) from public;
+comment on function etl._prepare_attempt(etl.run_scopes, float8) is 'Plans the next attempt of a whole scope.';
+revoke all on function etl._prepare_attempt(etl.run_scopes, float8) from public;
 
 create or replace function etl._record_step_failure(scope etl.run_scopes, failure jsonb, failed_status text) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -135,7 +135,6 @@ declare
   v_stops boolean;
   v_is_halved boolean;
   v_skipped   int[];
-  v_stopped   int[];
 begin
   select * into strict v_scope from etl.run_scopes s
    where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
@@ -152,20 +151,18 @@ begin
       case when v_delay is not null or v_is_halved then 'retrying' when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end);
     if v_is_halved then return 0; end if;
     if v_delay is not null then
-      perform etl._prepare_attempt(v_scope);
+      perform etl._prepare_attempt(v_scope, v_delay);
       return v_delay;
     end if;
   end if;
-  v_skipped := etl._requiring_scopes(run_id, scope_index);
-  perform etl._skip_scopes(run_id, v_skipped, case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
+  -- Sessions whose steps fail at the same time do this one after the other.
+  perform from etl.runs r where r.run_id = _record_failure.run_id for update;
+  v_skipped := etl._skip_scopes(run_id, etl._requiring_scopes(run_id, scope_index), case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   select bool_or(p.on_failure = 'stop') into v_stops
     from etl.procedure_runs s join etl.procedures p using (procedure_id)
    where s.run_id = _record_failure.run_id and s.order_index between v_scope.first_order_index and v_scope.last_order_index;
-  if v_stops then
-    v_stopped := etl._pending_scopes(run_id);
-    perform etl._skip_scopes(run_id, v_stopped, 'stopped');
-  end if;
-  perform etl._release(run_id, scope_index || coalesce(v_skipped, '{}') || coalesce(v_stopped, '{}'));
+  if v_stops then v_skipped := v_skipped || etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
+  perform etl._release(run_id, scope_index || v_skipped);
   return null;
 end $$;
 comment on function etl._record_failure(bigint, int, jsonb) is

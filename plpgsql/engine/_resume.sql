@@ -29,13 +29,16 @@ comment on function etl._resumable_run(bigint) is
   'The run to resume; this session holds its lock then. Raises PT404 run.unknown, PT422 run.not_resumable, PT409 run.active, run.queued or run.nothing_left.';
 revoke all on function etl._resumable_run(bigint) from public;
 
--- The last attempt of each step, how it ended, and the configuration as it is now.
+-- The last attempt of each step, how it ended, and the configuration as it is now. A row of the table itself: Postgres 15 crashes
+-- where a function in SQL returns one of a subquery as that type.
 create or replace function etl._steps_to_resume(parent etl.runs)
 returns table (step etl.procedure_runs, procedure etl.procedures, is_done boolean, is_changed boolean)
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select s, p, s.status = 'succeeded' or coalesce(s.skip_reason in ('no_data', 'reused'), false), etl._definition(p) is distinct from s.definition
-    from (select distinct on (x.order_index) x.* from etl.procedure_runs x where x.run_id = parent.run_id order by x.order_index, x.attempt desc) s
+    from etl.procedure_runs s
     left join etl.procedures p on p.procedure_id = s.procedure_id and p.is_active
+   where s.run_id = parent.run_id
+     and s.attempt = (select max(x.attempt) from etl.procedure_runs x where x.run_id = s.run_id and x.order_index = s.order_index)
    order by s.order_index
 $$;
 comment on function etl._steps_to_resume(etl.runs) is 'The steps of a run that is resumed, whether each is done, and whether its definition has changed since.';

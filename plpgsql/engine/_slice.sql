@@ -51,10 +51,11 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, window_since,
-    window_goal, slice_index)
+    window_goal, slice_index, definition)
   values (step.run_id, step.order_index, step.attempt + 1, step.scope_index, step.procedure_id, step.procedure_name, step.procedure_type,
     step.group_name, step.mode, step.tx_scope, step.isolation, step.parameters, step.dependencies, step.statement, step.rows_column,
-    step.lock_key, step.settings, step.watermark_strategy, step.state_key, since, coalesce(step.window_goal, step.window_until), _add_slice.slice_index);
+    step.lock_key, step.settings, step.watermark_strategy, step.state_key, since, coalesce(step.window_goal, step.window_until), _add_slice.slice_index,
+    step.definition);
   update etl.run_scopes s set attempt = step.attempt + 1 where s.run_id = step.run_id and s.scope_index = step.scope_index;
 end $$;
 comment on function etl._add_slice(etl.procedure_runs, text, int) is 'Plans the next slice of a step; where it ends is settled when it is claimed.';

@@ -22,7 +22,8 @@ PATIENCE: Final = 0.2
 _WATCHED_EVERY: Final = 1.0
 _LOOK: Final = """
 select r.max_concurrency,
-       (select count(distinct p.scope_index) from etl.procedure_runs p where p.run_id = r.run_id and p.ended_at is null)
+       (select count(distinct p.scope_index) from etl.procedure_runs p
+         where p.run_id = r.run_id and p.ended_at is null)
        + (select count(*) from etl.mv_refreshes m where m.run_id = r.run_id and m.ended_at is null),
        exists (select from etl.procedure_runs p
                 where p.run_id = r.run_id and p.ended_at is null and p.settings ? 'timeout_ms')

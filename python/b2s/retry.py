@@ -13,7 +13,7 @@ _PROGRESS: Final = "PT200"
 
 
 def backoff(first: float = 0.25, most: float = 30.0) -> Iterator[float]:
-    """Seconds to wait before each further try: doubling up to a limit, each shortened by up to half at random."""
+    """Seconds to wait before each further try: doubled up to a limit, shortened by up to half at random."""
     delay = first
     while True:
         yield delay * random.uniform(0.5, 1)  # noqa: S311 - spreads load, keeps no secret

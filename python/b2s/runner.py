@@ -183,7 +183,7 @@ class Runner:
     # -- when it is gone --
 
     def _outlive(self, run_id: int, lost: BaseException) -> None:
-        """The session of the CALL is gone. Others may go on with the run: waits for its end as it is recorded."""
+        """The session of the CALL is gone. Others may go on with the run: waits for its end on record."""
         has_told = False
         try:
             with connect(self._dsn) as second:

@@ -7,7 +7,8 @@ from typing import Final
 
 _DEAD: Final = "select h.run_id from etl.run_history h where h.is_dead order by h.run_id"
 _RECORDED: Final = """
-select r.run_id, r.kind from etl.runs r where r.run_id = any (%s) and r.status = 'abandoned' order by r.run_id"""
+select r.run_id, r.kind from etl.runs r
+ where r.run_id = any (%s) and r.status = 'abandoned' order by r.run_id"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

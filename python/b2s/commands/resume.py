@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--changed",
         choices=("reuse", "rerun"),
-        help="steps that succeeded and whose routine has changed since: keep what they wrote, or run them again",
+        help="steps that succeeded, but whose routine has changed: keep what they wrote, or run them again",
     )
     run_command.add_workers(parser)
     run_command.add_log_format(parser)

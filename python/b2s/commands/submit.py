@@ -19,9 +19,9 @@ _STANDING: Final = "select h.status, h.is_dead from etl.run_history h where h.ru
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s submit."""
     parser.epilog = (
-        "b2s worker, or etl.work in any session, takes up what was submitted: first come, first served, one run\n"
-        "of a pipeline at a time. Ctrl-C under --wait only stops waiting. Exit code 0 once it is queued; with\n"
-        "--wait, 1 unless the run succeeded or completed with warnings."
+        "b2s worker, or etl.work in any session, takes up what was submitted: first come, first served,\n"
+        "one run of a pipeline at a time. Ctrl-C under --wait only stops waiting. Exit code 0 once it is\n"
+        "queued; with --wait, 1 unless the run succeeded or completed with warnings."
     )
     selection.configure(parser)
     run_command.add_key(parser)
