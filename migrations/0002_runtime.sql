@@ -81,6 +81,7 @@ create table etl.runs (
   constraint a_full_refresh_has_a_reason check (mode is distinct from 'full' or reason is not null)
 ) with (fillfactor = 80);
 create unique index one_run_per_pipeline_is_active on etl.runs (pipeline_id) where status = 'running' and kind = 'run';
+create index runs_that_are_active on etl.runs (pipeline_id) where status = 'running';
 create index runs_pipeline_id_run_id on etl.runs (pipeline_id, run_id desc);
 comment on table etl.runs is 'One row per request to execute procedures. Immutable once ended. Source: etl.start_run.';
 comment on column etl.runs.kind is

@@ -25,7 +25,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 4706dd74ed40e92f4063969317f15c7c470fbdc193bdcfa282355bc1e5a58aa9
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 2e2e4fce3a9d156f0857a621ecd3b98626a072ef1da9ee0da3d94cddbf20ef90
+\set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
 
 -- Engine

@@ -34,7 +34,8 @@ NEWEST_MAJOR: Final = 18
 CHOICES: Final = ("auto", "dsn", "docker", "docker15", "embedded", "embedded16", "system")
 SETTINGS: Final[Mapping[str, Setting]] = {
     "max_connections": 200,
-    "max_prepared_transactions": 20,
+    "max_prepared_transactions": 50,
+    "wal_level": "logical",
     "deadlock_timeout": "200ms",
     "log_lock_waits": True,
 }

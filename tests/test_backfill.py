@@ -16,6 +16,8 @@ import pytest
 
 from b2s.backfillview import LiveBackfillDisplay, PlainBackfillDisplay
 from b2s.cli import main
+from b2s.errors import DatabaseError
+from b2s.migrate import migrate
 from b2s.render import Style
 from tests.pipelines import Background, Gate, Pipeline, Row, Run, call, messages_of, refused
 from tests.servers import Connection, Database, wait_until
@@ -165,14 +167,14 @@ def test_a_range_of_times_is_read_exactly_once_from_inclusive_until_exclusive(da
     days.sql(
         "insert into bronze.events (id, at, value) values (20, '2024-01-03 00:00+00', 0),"
         " (21, '2024-01-06 00:00+00', 0), (22, '2024-01-02 23:59:59.999999+00', 0),"
-        " (23, '2024-01-04 00:00+00', 0)"
+        " (23, '2024-01-04 00:00+00', 0), (24, '2024-01-05 23:59:59.999999+00', 0)"
     )
     run = backfill(
         days, procedures=["load"], from_="2024-01-03 00:00+00", until="2024-01-06 00:00+00", chunk="5h"
     )
     assert run.status == "succeeded"
-    assert reads(days) == {3: 1, 4: 1, 5: 1, 20: 1, 23: 1}
-    assert progress(days, run.run_id)["rows_affected"] == 5
+    assert reads(days) == {3: 1, 4: 1, 5: 1, 20: 1, 23: 1, 24: 1}
+    assert progress(days, run.run_id)["rows_affected"] == 6
 
 
 def test_a_range_of_ids_is_read_exactly_once_from_inclusive_until_exclusive(pipeline: Pipeline) -> None:
@@ -925,3 +927,14 @@ def test_a_log_gets_failures_and_a_line_now_and_then(monkeypatch: pytest.MonkeyP
     assert "[11] load failed in 5 ms: bad day" in lines
     assert 2 <= len([line for line in lines if " of 100 chunks, " in line]) <= 8
     assert not [line for line in lines if "succeeded" in line]
+
+
+def test_an_upgrade_is_refused_while_a_backfill_is_active(days: Pipeline) -> None:
+    trouble(days, Gate.WAIT)
+    with days.gate() as gate:
+        started = in_background(days, procedures=["load"], **DAYS)
+        gate.wait_for_arrivals()
+        with pytest.raises(DatabaseError, match=f"run {active_backfill(days)} .* is active"):
+            migrate(days.db.dsn)
+        gate.open()
+        assert started.result().status == "succeeded"

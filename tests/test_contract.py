@@ -79,8 +79,8 @@ def contents(pipeline: Pipeline) -> list[Any]:
     )
     rows = [pipeline.column(f"select to_jsonb(t)::text from {table} t order by 1") for table in tables]
     locks = pipeline.column(
-        "select l.relation::regclass::text from pg_locks l"
-        " where l.locktype = 'relation' and l.relation >= 16384"
+        "select l.relation::regclass::text from pg_locks l join pg_stat_activity a using (pid)"
+        " where a.backend_type = 'client backend' and l.locktype = 'relation' and l.relation >= 16384"
         " and l.mode <> 'AccessShareLock'"
         " and l.database = (select oid from pg_database where datname = current_database())"
     )
@@ -743,6 +743,7 @@ def test_a_temporary_table_of_the_caller_is_refused(pipeline: Pipeline) -> None:
     admin.execute("create temp table stage (id int)")
     with refused("PT409", "session.temporary_objects"):
         findings(pipeline, conn=admin)
+    admin.execute("discard temp")
 
 
 def test_admins_may_test_and_operators_may_not(pipeline: Pipeline) -> None:
@@ -784,6 +785,12 @@ def test_a_table_that_others_lock_is_not_waited_for_long(pipeline: Pipeline) -> 
         ]
     assert "lock timeout" in runs["detail"]
     assert runs["remedy"].endswith("test again when no run is active")
+
+
+def test_locks_are_waited_for_five_seconds_whatever_is_configured(pipeline: Pipeline) -> None:
+    body = "insert into silver.trace (step) values (current_setting('lock_timeout'))"
+    configure(pipeline, body, lock_timeout_ms=600_000)
+    assert rows_of(of(findings(pipeline), "idempotent")) == [("+", {"step": "5s"})]
 
 
 def test_rows_committed_meanwhile_are_a_caveat_that_repeatable_read_does_without(pipeline: Pipeline) -> None:

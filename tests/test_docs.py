@@ -161,6 +161,7 @@ create table silver.products (product_id bigint primary key, name text not null,
 insert into bronze.customers values ('1', ' Ada ', 'de'), ('2', 'Grace', 'us'), ('2', 'Grace', 'us');
 insert into bronze.orders values ('10', '1', '19.90'), ('11', '2', '5'), ('12', '1', '7.50');
 insert into bronze.products values ('1', 'lamp', 'DE'), ('2', 'desk', 'US');
+update bronze.orders set ingested_at = now() - interval '1 minute';
 """
 
 

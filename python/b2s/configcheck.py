@@ -257,7 +257,8 @@ class Checker:
             queries = [source for source in watermark.source if is_query(source)]
             if queries and len(watermark.source) > 1:
                 message = "a query stands alone as source"
-                self._report((*loc, "source"), message, "write one query that returns the newest value of all")
+                hint = "write one query that returns the newest value of all"
+                self._report((*loc, "source"), message, hint)
             elif queries and watermark.strategy == "xid":
                 message = "the xid strategy reads columns, a query has no meaning for it"
                 self._report((*loc, "source"), message, "name the xid8 column: schema.table.column")

@@ -269,7 +269,8 @@ class Watermark(Model):
         description="How late a timestamp may be when its row is committed; for the timestamp strategy.",
     )
     on_empty: Literal["run", "skip"] = Field(
-        default="run", description="What a step does whose window holds no row: run all the same, or be skipped."
+        default="run",
+        description="What a step does whose window holds no row: run all the same, or be skipped.",
     )
 
 

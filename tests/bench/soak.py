@@ -2,11 +2,11 @@
 
     python -m tests.bench.soak [--minutes 3] [--seed N] [--only xid,naive_now] [--major 15] [--dsn DSN]
 
-Writers commit late, roll back, prepare, chain and update (tests/soak.py); each reader runs all the while, is
-killed, cancelled and made to fail now and then; in the end Silver is compared with Bronze row by row. `lost`
-and `twice` are rows; the run times are of runs that succeeded, waiting included; the lag is from the commit of
-a row to its arrival in Silver. Without --dsn an embedded server with fsync on is started. Exits with 1 when b2s
-lost, invented or repeated a row.
+Writers commit late, roll back, prepare, chain and update (tests/soak.py); each reader runs all the
+while, is killed, cancelled and made to fail now and then; in the end Silver is compared with Bronze row
+by row. `lost` and `twice` are rows; the run times are of runs that succeeded, waiting included; the lag
+is from the commit of a row to its arrival in Silver. Without --dsn an embedded server with fsync on is
+started. Exits with 1 when b2s lost, invented or repeated a row.
 """
 
 from __future__ import annotations
