@@ -1,13 +1,13 @@
-"""Chaos: a real pipeline, sessions that execute it together, and everything that may happen to them meanwhile.
+"""Chaos: a real pipeline, sessions that execute it together, and everything that may happen to them.
 
 A round brings a batch of rows into Bronze and asks for a run, in one of the ways there are. While sessions
-execute it, something happens to them at a random moment: see `FAULTS`. Then the run is resumed, or another one
-is started with the next batch, until one succeeds. What must hold then is asked for in `Chaos.problems`: each
+execute it, something happens to them at a random moment: see `FAULTS`. Then the run is resumed, or another
+one is started with the next batch, until one succeeds. What must hold then is asked in `Chaos.problems`: each
 query of `INVARIANTS` returns what is wrong. In the end `Chaos.differences` compares Silver with that of an
 undisturbed run of the same batches.
 
-Steps append to Silver without a key, so that a step that was executed twice, or in the wrong order, shows: its
-rows are a function of its batch and of the rows of the steps it depends on.
+Steps append to Silver without a key, so that a step that was executed twice, or in the wrong order, shows:
+its rows are a function of its batch and of the rows of the steps it depends on.
 
 What is random comes from the seed; how the server interleaves it does not.
 """
@@ -15,6 +15,7 @@ What is random comes from the seed; how the server interleaves it does not.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import re
 import socket
@@ -29,7 +30,7 @@ from typing import Any, Final, NamedTuple
 import psycopg
 
 from tests.pipelines import Background, Pipeline, Row, call
-from tests.servers import Connection, Database
+from tests.servers import Connection, Database, wait_until
 
 LIMIT_S: Final = 60.0
 """How long one call may take before it is taken for stuck."""
@@ -45,9 +46,11 @@ create table bronze.events (
   etl_xid xid8 not null default pg_current_xact_id(), v bigint not null);
 create index on bronze.events (at);
 create index on bronze.events (etl_xid);
-create table silver.rows (run_id bigint not null, batch int not null, step text not null, k int not null, v bigint not null);
+create table silver.rows (
+  run_id bigint not null, batch int not null, step text not null, k int not null, v bigint not null);
 create index on silver.rows (batch, step);
-create table silver.skew (run_id bigint not null, batch int not null, step text not null, saw bigint not null);
+create table silver.skew (
+  run_id bigint not null, batch int not null, step text not null, saw bigint not null);
 create index on silver.skew (batch, step);
 create table silver.pair (id int primary key, n bigint not null);
 insert into silver.pair values (1, 0), (2, 0);
@@ -56,9 +59,11 @@ create table silver.gatekeeper (n int);
 create table silver.switch (pace_ms int not null, victim text, fault text, fuse int not null default 0);
 insert into silver.switch values (10);
 create sequence silver.burnt;
-create materialized view silver.by_step as select step, count(*) as n, sum(v) as v from silver.rows group by step;
+create materialized view silver.by_step as
+  select step, count(*) as n, sum(v) as v from silver.rows group by step;
 create unique index on silver.by_step (step);
-create materialized view silver.of_feeder as select batch, sum(v) as v from silver.rows where step = 'fact_feeder' group by batch;
+create materialized view silver.of_feeder as
+  select batch, sum(v) as v from silver.rows where step = 'fact_feeder' group by batch;
 create function silver.hazard(p_step text) returns void language plpgsql as $$
 declare
   v_switch silver.switch := (select s from silver.switch s);
@@ -71,16 +76,19 @@ begin
     raise exception '% fails on purpose', p_step using errcode = v_switch.fault;
   end if;
 end $$;
-create function silver.load(p_step text, p_batch int, p_run_id bigint, p_needs text[]) returns void language plpgsql as $$
+create function silver.load(p_step text, p_batch int, p_run_id bigint, p_needs text[]) returns void
+language plpgsql as $$
 begin
   perform silver.hazard(p_step);
   insert into silver.rows
   select p_run_id, p_batch, p_step, k,
          (hashtext(p_step || k || p_batch)
-          + (select coalesce(sum(r.v), 0) from silver.rows r where r.batch = p_batch and r.step = any (p_needs))) % 1000000007
+          + (select coalesce(sum(r.v), 0) from silver.rows r
+              where r.batch = p_batch and r.step = any (p_needs))) % 1000000007
     from generate_series(1, 5) k;
 end $$;
-create function silver.skew(p_step text, p_other text, p_batch int, p_run_id bigint) returns void language plpgsql as $$
+create function silver.skew(p_step text, p_other text, p_batch int, p_run_id bigint) returns void
+language plpgsql as $$
 declare
   v_saw bigint := (select count(*) from silver.skew s where s.batch = p_batch and s.step = p_other);
 begin
@@ -96,6 +104,7 @@ _WINDOWS: Final = {
     "xid": ("pg_snapshot", "etl_xid", "etl.arrived(b.etl_xid, p_since, p_until)"),
 }
 _EAGER: Final = {"attempts": 10, "backoff_ms": 5, "max_backoff_ms": 40}
+_REFRESH: Final = {"on": "success", "concurrently": "auto"}
 _BATCH: Final = {"name": "batch", "type": "integer", "required": True}
 
 
@@ -134,7 +143,7 @@ class Dag:
         needed = "array[" + ", ".join(f"'{need}'" for need in needs) + "]::text[]"
         settings.setdefault("type", name.split("_")[0].replace("group", "fact"))
         before = settings.pop("before", "null")
-        by_step = {"name": "silver.by_step", "after": "run", "on": "success", "concurrently": "auto"}
+        by_step = {**_REFRESH, "name": "silver.by_step", "after": "run"}
         self.pipeline.add(
             name,
             f"{before}; perform silver.load('{name}', batch, p_run_id, {needed})",
@@ -164,7 +173,7 @@ class Dag:
             before="lock table silver.gatekeeper in share mode",
         )
         self._plain("fact_timed", "dimension_2", timeout_ms=700)
-        of_feeder = {"name": "silver.of_feeder", "after": "procedure", "on": "success", "concurrently": "auto"}
+        of_feeder = {**_REFRESH, "name": "silver.of_feeder", "after": "procedure"}
         self._plain("fact_feeder", "fact_3", mv_refresh=[of_feeder])
         self._plain("fact_last", "group_2", "fact_feeder", "fact_8")
         self._pairs()
@@ -176,8 +185,8 @@ class Dag:
                 f" insert into silver.seen select '{name}', b.id, b.v from bronze.events b where {window}",
                 arguments=f"p_since {kind}, p_until {kind}",
                 watermark={
-                    "strategy": strategy, "source": [f"bronze.events.{column}"], "state_key": f"window_{name}",
-                    "delay_ms": 0,
+                    "strategy": strategy, "source": [f"bronze.events.{column}"], "delay_ms": 0,
+                    "state_key": f"window_{name}",
                 },
                 max_window=3 if name == "sliced" else None,
             )  # fmt: skip
@@ -210,7 +219,8 @@ class Dag:
         """Write a batch into Bronze."""
         first = batch * 100
         (conn or self.pipeline.conn).execute(
-            "insert into bronze.events (id, batch, v) select i, %s, i * 7 from generate_series(%s::bigint, %s) i",
+            "insert into bronze.events (id, batch, v)"
+            " select i, %s, i * 7 from generate_series(%s::bigint, %s) i",
             [batch, first, first + _EVENTS_PER_BATCH - 1],
         )
 
@@ -224,7 +234,8 @@ class Dag:
         windowed = [p["name"] for p in self.pipeline.procedures if p["watermark"]]
         unread = (
             "select count(*) from bronze.events e cross join unnest(%s::text[]) s(strategy)"
-            " where not exists (select from silver.seen r where r.event_id = e.id and r.strategy = s.strategy)"
+            " where not exists ("
+            "   select from silver.seen r where r.event_id = e.id and r.strategy = s.strategy)"
         )
         for _ in range(10):
             self.pipeline.start(procedures=windowed)
@@ -245,10 +256,12 @@ with recursive chain(run_id, root) as (
 INVARIANTS: Final = {
     "a run or an attempt has no end": """
         select run_id, status from etl.runs where ended_at is null
-        union all select run_id, procedure_name || ' ' || status from etl.procedure_runs where ended_at is null
+        union all
+        select run_id, procedure_name || ' ' || status from etl.procedure_runs where ended_at is null
         union all select run_id, mv_name || ' ' || status from etl.mv_refreshes where ended_at is null""",
     "a step succeeded twice in one chain of runs": _CHAIN
-    + """select c.root, p.procedure_name, array_agg(p.run_id order by p.run_id) from etl.procedure_runs p join chain c using (run_id)
+    + """select c.root, p.procedure_name, array_agg(p.run_id order by p.run_id)
+           from etl.procedure_runs p join chain c using (run_id)
           where p.status = 'succeeded' group by 1, 2 having count(*) > 1""",
     "a step ran before what it needs had ended": """
         select p.run_id, p.procedure_name, n.procedure_name, p.started_at, n.ended_at
@@ -257,13 +270,15 @@ INVARIANTS: Final = {
           join etl.procedure_runs n on n.run_id = p.run_id and n.procedure_id = d.depends_on_id
          where p.status in ('succeeded', 'advanced', 'failed', 'retrying') and n.started_at is not null
            and (n.scope_index <> p.scope_index or n.attempt = p.attempt and p.status = 'succeeded')
-           and (n.ended_at > p.started_at or n.status not in ('succeeded', 'retrying', 'advanced', 'rolled_back'))""",
+           and (n.ended_at > p.started_at
+                or n.status not in ('succeeded', 'retrying', 'advanced', 'rolled_back'))""",
     "a fact started before the dimensions had ended": """
         select f.run_id, f.procedure_name, f.started_at, d.ended_at from
           (select run_id, procedure_name, started_at from etl.procedure_runs
             where procedure_type = 'fact' and status <> 'skipped' and started_at is not null) f
           join (select run_id, max(ended_at) as ended_at from etl.procedure_runs
-                 where procedure_type = 'dimension' and started_at is not null group by run_id) d using (run_id)
+                 where procedure_type = 'dimension' and started_at is not null
+                 group by run_id) d using (run_id)
          where f.started_at < d.ended_at""",
     "a refresh started before its feeders had ended": """
         select m.run_id, m.mv_name, p.procedure_name from etl.mv_refreshes m
@@ -273,25 +288,31 @@ INVARIANTS: Final = {
         select * from (
           select run_id, procedure_name as step, count(*) * 5 as recorded from etl.procedure_runs
            where status = 'succeeded' and procedure_name = any (%(plain)s) group by 1, 2) r
-          full join (select run_id, step, count(*) as written from silver.rows group by 1, 2) w using (run_id, step)
+          full join (select run_id, step, count(*) as written from silver.rows group by 1, 2) w
+              using (run_id, step)
          where recorded is distinct from written""",
     "the pair was updated more or less often than is on record": """
         select n, recorded from silver.pair, lateral (
-          select count(*) as recorded from etl.procedure_runs where procedure_name like 'deadlock%%' and status = 'succeeded') r
+          select count(*) as recorded from etl.procedure_runs
+           where procedure_name like 'deadlock%%' and status = 'succeeded') r
          where n <> recorded""",
     "two serializable steps saw what no order explains": """
         select batch, array_agg(step || ' saw ' || saw) from silver.skew group by batch
         having count(*) > 2 or count(*) = 2 and sum(saw) <> 1""",
     "a group was committed in part": """
-        select run_id, array_agg(step) from (select distinct run_id, step from silver.rows where step like 'group%%') s
+        select run_id, array_agg(step) from (
+          select distinct run_id, step from silver.rows where step like 'group%%') s
          group by run_id having count(*) <> 3
         union all
-        select run_id, array_agg(step) from (select distinct run_id, step from silver.rows where step like 'dimension_g%%') s
+        select run_id, array_agg(step) from (
+          select distinct run_id, step from silver.rows where step like 'dimension_g%%') s
          group by run_id having count(*) <> 2""",
-    "a row was read twice": "select strategy, event_id, count(*) from silver.seen group by 1, 2 having count(*) > 1",
+    "a row was read twice": """
+        select strategy, event_id, count(*) from silver.seen group by 1, 2 having count(*) > 1""",
     "a watermark moved from elsewhere": """
         select * from (
-          select state_key, old_watermark, lag(new_watermark) over (partition by state_key order by state_history_id) as before
+          select state_key, old_watermark,
+                 lag(new_watermark) over (partition by state_key order by state_history_id) as before
             from etl.state_history) h
          where old_watermark is distinct from before""",
     "a lock of b2s was left behind": """
@@ -318,7 +339,8 @@ _AFTER_A_SUCCESS: Final = {
         (select 'missing', step, count(*), sum(v) from silver.rows group by step
          except select 'missing', step, n, v from silver.by_step)
         union all
-        (select 'of_feeder', batch::text, null::bigint, sum(v) from silver.rows where step = 'fact_feeder' group by batch
+        (select 'of_feeder', batch::text, null::bigint, sum(v) from silver.rows
+          where step = 'fact_feeder' group by batch
          except select 'of_feeder', batch::text, null::bigint, v from silver.of_feeder)""",
 }
 
@@ -388,6 +410,7 @@ class Actor:
                 self.chaos.note(f"{routine}({arguments.get('run_id', '')}) raised {error.sqlstate}: {error}")
             if error.sqlstate in (None, "57P01", "57P02", "57P03"):
                 conn.close()
+                self.chaos.lost.append(self.pid)
             else:  # who is refused, or interrupted in the middle, keeps the name of the step
                 conn.execute("select set_config('application_name', %s, false)", [self.name])
             return Ending(None, error.sqlstate, not conn.closed)
@@ -396,9 +419,11 @@ class Actor:
     def hang_up(self) -> None:
         """The client is gone without a word."""
         if self.conn is not None and not self.conn.closed:
-            with suppress(OSError, psycopg.Error):
-                with socket.socket(fileno=socket.dup(self.conn.fileno())) as raw:
-                    raw.shutdown(socket.SHUT_RDWR)
+            with (
+                suppress(OSError, psycopg.Error),
+                socket.socket(fileno=os.dup(self.conn.fileno())) as raw,
+            ):
+                raw.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         if self.conn is not None:
@@ -456,7 +481,8 @@ def cancel_a_statement(chaos: Chaos, conn: Connection) -> None:
 
 def _cancel_run(chaos: Chaos, conn: Connection, force: bool) -> None:
     answered = conn.execute(
-        "select etl.cancel_run(run_id, reason => 'chaos', force => %s) from etl.runs where status in ('running', 'queued')",
+        "select etl.cancel_run(run_id, reason => 'chaos', force => %s) from etl.runs"
+        " where status in ('running', 'queued')",
         [force],
     ).fetchall()
     chaos.hits += len(answered)
@@ -569,6 +595,8 @@ class Chaos:
         """How calls that failed ended."""
         self.counts: Counter[str] = Counter()
         """What happened how often: faults, ways to begin and to go on, statuses of runs."""
+        self.lost: list[int] = []
+        """Backends whose clients are gone; they may not know it yet."""
         self.hits = 0
         """How many sessions were hit, calls refused and steps armed."""
         self._noted: list[str] = []
@@ -608,10 +636,11 @@ class Chaos:
 
     def round(self) -> None:
         """A batch, a run, trouble, and recovery until a run has succeeded."""
+        before, _ = self._last_run()
         self._disturbed(self._begin())
         for attempt in range(20):
             run_id, status = self._last_run()
-            if status in _DONE:
+            if status in _DONE and run_id > before:
                 break
             self._disturbed(self._go_on(run_id, status), is_calm=attempt >= 2)
         else:
@@ -662,7 +691,7 @@ class Chaos:
                 return lambda: self.actors[0].call("etl.work", {})
             if how == "start":
                 return self._begin()
-        elif self.rng.random() < 0.2 or status == "none":
+        elif self.rng.random() < 0.2 or status == "none" or status in _DONE:  # it was not even begun
             return self._begin()
         self.counts[f"resumed after {status}"] += 1
         return lambda: self.actors[0].call("etl.resume_run", {"run_id": run_id})
@@ -687,7 +716,12 @@ class Chaos:
             done.set()
             for one in [*working, *struck]:
                 one.result(LIMIT_S)
-        run_id, status = self._last_run()
+        self._last_run()
+        gone = "select count(*) = 0 from pg_stat_activity where pid = any (%s)"
+        connected = {actor.pid for actor in self.actors if actor.conn and not actor.conn.closed}
+        wait_until(self.dag.pipeline.conn, gone, [list(set(self.lost) - connected)], LIMIT_S)
+        self.lost.clear()
+        _, status = self._last_run()
         self.counts[f"left {status}"] += 1
 
     def _help(self, actor: Actor, done: threading.Event) -> None:
@@ -758,21 +792,26 @@ class Chaos:
         return set(self.batches) - set(finished)
 
     def _silver(self, dag: Dag) -> dict[tuple[str, Any], Any]:
-        """Silver, and the watermarks that do not depend on the clock, as one document for each step and batch."""
+        """Silver, and the watermarks that do not depend on the clock, by step and batch."""
         rows = dag.pipeline.rows(
-            "select 'rows of ' || step as what, batch::text as part, string_agg(k || ':' || v, ',' order by k, v) as is_there"
+            "select 'rows of ' || step as what, batch::text as part,"
+            "       string_agg(k || ':' || v, ',' order by k, v) as is_there"
             "  from silver.rows group by step, batch"
-            " union all select 'seen by ' || strategy, '', string_agg(event_id || ':' || v, ',' order by event_id)"
+            " union all"
+            " select 'seen by ' || strategy, '', string_agg(event_id || ':' || v, ',' order by event_id)"
             "  from silver.seen group by strategy"
-            " union all select 'steps of skew', batch::text, string_agg(step, ',' order by step) from silver.skew group by batch"
-            "  having count(*) = 2"
-            " union all select 'watermark', state_key, last_success_watermark from etl.state where strategy = 'id'"
+            " union all"
+            " select 'steps of skew', batch::text, string_agg(step, ',' order by step)"
+            "  from silver.skew group by batch having count(*) = 2"
+            " union all"
+            " select 'watermark', state_key, last_success_watermark from etl.state where strategy = 'id'"
         )
-        return {
-            (row["what"], int(row["part"]) if row["part"].isdigit() else row["part"]): row["is_there"]
-            for row in rows
-        }
+        return {(row["what"], _number(row["part"])): row["is_there"] for row in rows}
 
     def close(self) -> None:
         for actor in self.actors:
             actor.close()
+
+
+def _number(part: str) -> int | str:
+    return int(part) if part.isdigit() else part

@@ -1,9 +1,5 @@
 """Whatever happens to the sessions that execute a run, Silver ends as if nothing had happened."""
 
-from collections.abc import Iterator
-
-import pytest
-
 from tests.chaos import FAULTS, Chaos, Dag
 from tests.servers import Server
 
@@ -11,15 +7,9 @@ ROUNDS = 20
 SEED = 1
 
 
-@pytest.fixture
-def crashing_server(private_server: Server) -> Iterator[Server]:
-    private_server.migrated_template()
-    yield private_server
-
-
-def test_silver_is_the_same_after_chaos(crashing_server: Server) -> None:
-    template = crashing_server.migrated_template()
-    db, quiet = (crashing_server.create_database(template=template) for _ in range(2))
+def test_silver_is_the_same_after_chaos(private_server: Server) -> None:
+    template = private_server.migrated_template()
+    db, quiet = (private_server.create_database(template=template) for _ in range(2))
     chaos = Chaos(db, seed=SEED, can_crash=True)
     with chaos.watchdog():
         for number in range(ROUNDS):

@@ -117,9 +117,9 @@ declare
 begin
   if interruption is not null then perform etl._absorb_signal(); end if;
   select * into v_run from etl.runs r where r.run_id = _is_cancelled.run_id;
-  -- Another worker may have ended the run while this one waited.
-  if v_run.ended_at is not null and etl._has_worked(v_run) then return false; end if;
-  v_run := etl._check_owner(run_id);
+  -- Another worker may have ended the run while this one waited: then there is nothing to wait for.
+  if v_run.ended_at is not null and etl._has_worked(v_run) then return true; end if;
+  if etl._is_owner(v_run) is not true and etl._is_helper(v_run) is not true then perform etl._fail_not_owned(run_id); end if;
   if v_run.cancel_requested_at is null and interruption is not null then
     perform etl._note_interruption(run_id, interruption);
   end if;

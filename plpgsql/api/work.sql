@@ -17,7 +17,7 @@ begin
     exit when v_run.run_id is null;
     call etl._walk(v_run.run_id, v_run.lock_key, v_run.pause_ms);
     perform pg_catalog.set_config('application_name', v_application_name, false);
-    executed := executed operator(pg_catalog.+) 1;
+    executed := pg_catalog.int4pl(executed, 1);
   end loop;
 end $$;
 comment on procedure etl.work(text, bigint, int) is

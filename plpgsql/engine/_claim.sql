@@ -7,7 +7,7 @@
 -- the server takes the penalty for a large query.
 
 -- Scopes that ended free those that wait for them, once: one that is passed has done so. Whoever ended a scope releases it; for
--- a session that died before it could, another one does (etl._recover_lost_scopes). One statement, whose index scan takes the rows
+-- a session that died before it could, another one does (etl._recover_lost_scope). One statement, whose index scan takes the rows
 -- in ascending order, so that sessions cannot wait for each other in a circle.
 create or replace function etl._release(run_id bigint, scopes int[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -189,13 +189,17 @@ revoke all on function etl._take_next(etl.runs, int) from public;
 
 -- What was not started is skipped, and frees what waits for it together with the scope that has just ended. Sessions do this
 -- one at a time: the row of the run is locked.
-create or replace function etl._cancel_pending(run_id bigint, ended_scope int) returns void
+create or replace function etl._cancel_pending(run_id bigint, ended_scope int) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_ended int[];
 begin
   perform from etl.runs r where r.run_id = _cancel_pending.run_id for update;
-  perform etl._release(run_id, array_remove(etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled') || nullif(ended_scope, 0), null));
+  v_ended := array_remove(etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled') || nullif(ended_scope, 0), null);
+  perform etl._release(run_id, v_ended);
+  return v_ended <> '{}';
 end $$;
-comment on function etl._cancel_pending(bigint, int) is 'Skips every scope of a run that was not started because the run is to stop.';
+comment on function etl._cancel_pending(bigint, int) is 'Skips every scope of a run that was not started because the run is to stop; false when there was none left.';
 revoke all on function etl._cancel_pending(bigint, int) from public;
 
 create or replace function etl._has_worked(run etl.runs) returns boolean
@@ -239,36 +243,39 @@ $$;
 comment on function etl._is_running(bigint, int) is 'Whether a scope has been taken and not ended.';
 revoke all on function etl._is_running(bigint, int) from public;
 
--- What was running is recorded like any error that can pass by itself, so that it is tried again.
-create or replace function etl._recover_lost_scopes(run etl.runs) returns boolean
+-- What was running is recorded like any error that can pass by itself, so that it is tried again. One scope at a time, each in a
+-- transaction that locks no other scopes before: or sessions could wait for each other in a circle.
+create or replace function etl._recover_lost_scope(run etl.runs) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_lost record;
 begin
   if not exists (select from etl._lost_scopes(run)) then return false; end if;
   perform from etl.runs r where r.run_id = run.run_id for update;
-  for v_lost in select * from etl._lost_scopes(run) loop
-    -- What a dead session did is final now: it may have ended the scope after it was seen at work.
-    if v_lost.is_running and etl._is_running(run.run_id, v_lost.scope_index) then
-      perform etl._record_failure(run.run_id, v_lost.scope_index, jsonb_build_object('class', 'transient', 'code', 'worker.lost', 'sqlstate', '57P01',
-        'message', format('the session that executed the step (backend %s) is gone', v_lost.worker_pid),
-        'hint', 'nothing of the step was kept; another session tries it again'));
-    elsif not v_lost.is_running then
-      perform etl._release(run.run_id, array[v_lost.scope_index]);
-    end if;
-  end loop;
+  select * into v_lost from etl._lost_scopes(run) l order by l.scope_index limit 1;
+  if not v_lost.is_running then
+    perform etl._release(run.run_id, array[v_lost.scope_index]);
+  -- What a dead session did is final now: it may have ended the scope after it was seen at work.
+  elsif etl._is_running(run.run_id, v_lost.scope_index) then
+    perform etl._record_failure(run.run_id, v_lost.scope_index, jsonb_build_object('class', 'transient', 'code', 'worker.lost', 'sqlstate', '57P01',
+      'message', format('the session that executed the step (backend %s) is gone', v_lost.worker_pid),
+      'hint', 'nothing of the step was kept; another session tries it again'));
+  end if;
   return true;
 end $$;
-comment on function etl._recover_lost_scopes(etl.runs) is 'Has the steps of workers that died tried again, by those that are alive; false when there are none.';
-revoke all on function etl._recover_lost_scopes(etl.runs) from public;
+comment on function etl._recover_lost_scope(etl.runs) is 'Has a step of a worker that died tried again, by those that are alive; false when there is none.';
+revoke all on function etl._recover_lost_scope(etl.runs) from public;
 
 -- Nothing is running, nothing is ready, and nobody else is there to change that. While the run is locked, nobody joins it.
 create or replace function etl._is_stuck(run etl.runs) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   if etl._living_workers(run) <> array[pg_backend_pid()] then return false; end if;
-  perform from etl.runs r where r.run_id = run.run_id for update;
+  perform from etl.runs r where r.run_id = run.run_id and r.status = 'running' for update;
+  if not found then return false; end if;
   return etl._living_workers(run) = array[pg_backend_pid()]
+    and exists (select from etl.procedure_runs p where p.run_id = run.run_id and p.ended_at is null
+                union all select from etl.mv_refreshes m where m.run_id = run.run_id and m.ended_at is null)
     and not exists (select from etl._lost_scopes(run))
     and not exists (select from etl.run_scopes s where s.run_id = run.run_id and s.ready_at > clock_timestamp())
     and (etl._next_scope(run.run_id, 0)).scope_index is null;
@@ -277,7 +284,7 @@ comment on function etl._is_stuck(etl.runs) is 'Whether a run can never go on: o
 revoke all on function etl._is_stuck(etl.runs) from public;
 
 -- When nothing is ready: the end of the run, or another session is at work on what is left.
-create or replace function etl._end_or_wait(run etl.runs) returns etl.run_scopes
+create or replace function etl._end_or_wait(run etl.runs, is_idle boolean) returns etl.run_scopes
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_scope etl.run_scopes;
@@ -287,13 +294,14 @@ begin
     perform from etl.runs r where r.run_id = run.run_id and r.status = 'running' for update;
     if found then perform etl._finish_run(run); end if;
   else
-    if not etl._recover_lost_scopes(run) and etl._is_stuck(run) then perform etl._fail_not_owned(run.run_id); end if;
+    if is_idle and not etl._recover_lost_scope(run) and etl._is_stuck(run) then perform etl._fail_not_owned(run.run_id); end if;
     v_scope.scope_index := 0;
   end if;
   return v_scope;
 end $$;
-comment on function etl._end_or_wait(etl.runs) is 'Ends a run of which nothing is left, then null; scope 0 when there is something to wait for.';
-revoke all on function etl._end_or_wait(etl.runs) from public;
+comment on function etl._end_or_wait(etl.runs, boolean) is
+  'Ends a run of which nothing is left, then null; scope 0 when there is something to wait for. is_idle: this session has just looked before, and freed nothing.';
+revoke all on function etl._end_or_wait(etl.runs, boolean) from public;
 
 -- done: what _execute_scope or _execute_refresh returned for the scope that this session has just committed, or null.
 -- is_awaited: whether anything waits for that scope. Null when the run has ended; scope 0 when others execute what is left.
@@ -306,6 +314,7 @@ declare
   v_ended   int := coalesce((done->>'scope_index')::int, 0);
   -- A slice was committed, and the next one of the same step follows.
   v_is_over boolean := not coalesce(done ? 'goes_on', false);
+  v_is_idle boolean := done is null;
   v_scope   etl.run_scopes;
   v_is_set  boolean;
 begin
@@ -318,7 +327,7 @@ begin
     v_is_set := etl._announce(done->'events'->i);
   end loop;
   if v_run.cancel_requested_at is not null then
-    perform etl._cancel_pending(run_id, case when v_is_over then v_ended end);
+    v_is_idle := not etl._cancel_pending(run_id, case when v_is_over then v_ended end) and v_is_idle;
   elsif is_awaited and v_is_over then
     perform etl._release(run_id, array[v_ended]);
   end if;
@@ -327,7 +336,7 @@ begin
      where s.run_id = _claim.run_id and s.scope_index = v_ended + v_is_over::int and s.kind = 'steps' and s.remaining_dependencies = 0;
   end if;
   if v_scope.scope_index is null or not etl._take_scope(v_run, v_scope) then v_scope := etl._take_next(v_run, v_ended); end if;
-  if v_scope.scope_index is null then v_scope := etl._end_or_wait(v_run); end if;
+  if v_scope.scope_index is null then v_scope := etl._end_or_wait(v_run, v_is_idle); end if;
   if v_scope.scope_index is not null then v_is_set := set_config('synchronous_commit', 'off', true) is not null; end if;
   return v_scope;
 end $$;

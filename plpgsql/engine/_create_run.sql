@@ -105,6 +105,7 @@ exception when insufficient_privilege then
 end $$;
 comment on function etl._definition(etl.procedures) is 'Digest of a routine and of how it is called; null when it cannot be looked at.';
 revoke all on function etl._definition(etl.procedures) from public;
+grant execute on function etl._definition(etl.procedures) to etl_reader;
 
 -- Without nested loops: the server takes the items for a handful, whatever their number.
 create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[]) returns void

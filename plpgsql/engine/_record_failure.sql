@@ -102,7 +102,7 @@ create or replace function etl._note_interruption(run_id bigint, reason text) re
 language sql volatile set search_path = pg_catalog, pg_temp as $$
   update etl.runs r
      set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = _note_interruption.reason
-   where r.run_id = _note_interruption.run_id and r.cancel_requested_at is null
+   where r.run_id = _note_interruption.run_id and r.cancel_requested_at is null and r.ended_at is null
 $$;
 comment on function etl._note_interruption(bigint, text) is 'Records that a run is to stop because its session was interrupted.';
 revoke all on function etl._note_interruption(bigint, text) from public;

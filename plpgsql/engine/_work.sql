@@ -40,9 +40,15 @@ begin
   if not found then return false; end if;
   v_alive := etl._living_workers(run);
   if v_alive = '{}' or cardinality(v_alive) >= run.max_concurrency or pg_backend_pid() = any (v_alive)
-     or not pg_try_advisory_xact_lock_shared(6435443, 0) or not pg_try_advisory_xact_lock_shared(6435443, etl._lock_key(run)) then
+     or not pg_try_advisory_xact_lock_shared(6435443, 0) then
     return false;
   end if;
+  -- Whoever begins the run lets go of its row a moment before it lets go of the lock that it has taken exclusively.
+  for i in 1 .. 20 loop
+    exit when pg_try_advisory_xact_lock_shared(6435443, etl._lock_key(run));
+    if i = 20 then return false; end if;
+    perform pg_sleep(0.005);
+  end loop;
   insert into etl.run_workers (run_id, pid) values (run.run_id, pg_backend_pid())
   on conflict on constraint run_workers_pkey do update set joined_at = clock_timestamp();
   return true;
@@ -64,6 +70,12 @@ begin
   end if;
   v_pipeline_id := coalesce(v_wanted.pipeline_id, (etl._pipeline(pipeline)).pipeline_id);
   select * into v_run from etl.runs r where r.pipeline_id = v_pipeline_id and r.status = 'running' and r.kind = 'run';
+  if v_run.run_id is null then
+    -- Another worker may just be taking up the oldest one: wait until it has, and help it.
+    perform from etl.runs r
+      where r.pipeline_id = v_pipeline_id and r.status = 'queued' and (r.run_id = wanted_run_id or wanted_run_id is null) order by r.run_id limit 1 for update;
+    select * into v_run from etl.runs r where r.pipeline_id = v_pipeline_id and r.status = 'running' and r.kind = 'run';
+  end if;
   if v_run.run_id is not null and etl._is_alive(v_run) then
     if (wanted_run_id is null or wanted_run_id = v_run.run_id) and etl._join_run(v_run) then run_id := v_run.run_id; end if;
   else

@@ -21,7 +21,7 @@ PATIENCE: Final = 0.2
 """Seconds that a run must have lasted before anybody is opened for it."""
 _WATCHED_EVERY: Final = 1.0
 _LOOK: Final = """
-select r.max_concurrency,
+select case r.kind when 'run' then r.max_concurrency else 1 end,
        (select count(distinct p.scope_index) from etl.procedure_runs p
          where p.run_id = r.run_id and p.ended_at is null)
        + (select count(*) from etl.mv_refreshes m where m.run_id = r.run_id and m.ended_at is null),

@@ -20,7 +20,7 @@ _COMMANDS: Final = {
     "run.ended": "b2s show explains how it ended",
     "run.dead": "nothing is left to cancel: b2s resume takes it up, b2s reap records it as abandoned",
     "run.nothing_left": "b2s run starts another one",
-    "run.definition_changed": "add --changed reuse to keep what they wrote, or --changed rerun to run them again",
+    "run.definition_changed": "add --changed reuse to keep what was written, or --changed rerun to redo it",
     "run.queued": "b2s worker --once takes it up",
     "procedure.unknown": "b2s status lists the procedures there are",
     "full_refresh.unconfirmed": "add --confirm-full-refresh",

@@ -19,9 +19,9 @@ select p.order_index, p.attempt, p.worker_pid, p.blocked_by, p.timed_out_at,
        p.settings->'search_path' as search_path
   from etl.procedure_runs p where p.run_id = %(run_id)s and p.started_at is not null"""
 _CHANGED: Final = """
-select distinct s.order_index
+select s.order_index, bool_or(s.definition <> etl._definition(p))
   from etl.procedure_runs s join etl.procedures p using (procedure_id)
- where s.run_id = %s and s.definition <> etl._definition(p)"""
+ where s.run_id = %s group by s.order_index"""
 _ROUTINE: Final = "select p.prosrc from pg_catalog.pg_proc p where p.oid = to_regprocedure(%s)"
 _RESUMED: Final = "select max(r.run_id) from etl.runs r where r.parent_run_id = %s and r.kind = 'run'"
 
@@ -43,7 +43,7 @@ def enrich(connection: Connection, run: dict[str, Any]) -> dict[str, Any]:
             {
                 **more,
                 **step,
-                "is_changed": None if changed is None else step["order_index"] in changed,
+                "is_changed": changed.get(step["order_index"]),
                 "places": list(_places(connection, step["error_context"] or "", path or [])),
             }
         )
@@ -51,12 +51,12 @@ def enrich(connection: Connection, run: dict[str, Any]) -> dict[str, Any]:
     return {**run, "steps": steps, "resumed_as": row[0] if row else None}
 
 
-def _changed(connection: Connection, run_id: int) -> set[int] | None:
-    """The steps whose routine, or the way it is called, has changed since; None where that cannot be seen."""
+def _changed(connection: Connection, run_id: int) -> dict[int, bool | None]:
+    """Whether the routine of a step, or the way it is called, has changed since; None: not to be seen."""
     try:
-        return {row[0] for row in connection.execute(_CHANGED, [run_id])}
+        return dict(connection.execute(_CHANGED, [run_id]).fetchall())
     except psycopg.errors.InsufficientPrivilege:
-        return None
+        return {}
 
 
 def _places(connection: Connection, context: str, search_path: Sequence[str]) -> Iterator[dict[str, Any]]:

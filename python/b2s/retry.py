@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -14,6 +13,8 @@ _PROGRESS: Final = "PT200"
 
 def backoff(first: float = 0.25, most: float = 30.0) -> Iterator[float]:
     """Seconds to wait before each further try: doubled up to a limit, shortened by up to half at random."""
+    import random  # a run that ends at once does not need it
+
     delay = first
     while True:
         yield delay * random.uniform(0.5, 1)  # noqa: S311 - spreads load, keeps no secret

@@ -194,6 +194,7 @@ class Runner:
                         self._inbox.put(_Ended((run_id, status), is_final=True))
                         return
                     if is_dead:
+                        self._remark(f"{lost}; nobody is at work on run {run_id} any more")
                         second.execute("select etl.reap()")
                     elif not has_told and not is_there:
                         has_told = True

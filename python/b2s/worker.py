@@ -29,6 +29,8 @@ _WATCHED_EVERY: Final = 1.0
 _REAPED_EVERY: Final = 10.0
 _LOOKED_EVERY: Final = 0.2
 _KEEPALIVES: Final = {"keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3"}
+_BEYOND_PATIENCE: Final = ("28", "3D", "3F", "42")
+"""Classes of errors for which somebody has to do something: who may, which database, what is installed."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _READY: Final = """
 select q.run_id
@@ -44,6 +46,10 @@ select exists (select from etl.run_history h where h.kind = 'run' and h.status =
 _UNKNOWN: Final = """
 select array(select n from unnest(%(pipelines)s::text[]) n
               where n not in (select p.name from etl.pipelines p))"""
+
+_END: Final = """
+select pg_terminate_backend(a.pid, 5000) from pg_stat_activity a
+ where a.pid = %s and a.usename = current_user and a.datname = current_database()"""
 
 
 def lasting(dsn: str) -> str:
@@ -104,6 +110,11 @@ class Team:
         """Counts what was heard, for `wait_for_news`."""
         return self._news
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any session works on a run: there may be more to do then, even with an empty queue."""
+        return any(one.run_id is not None for one in self._sessions)
+
     def wait_for_news(self, seen: int) -> None:
         """Until something was heard since `seen`, for at most the poll interval."""
         with self._changed:
@@ -129,7 +140,7 @@ class Team:
             with connect(self.dsn) as connection:
                 row = connection.execute(_UNKNOWN, self.filter).fetchone()
         except DatabaseError as error:
-            if self.is_once or (error.sqlstate is not None and error.sqlstate[:2] not in ("08", "53", "57")):
+            if self.is_once or (error.sqlstate or "")[:2] in _BEYOND_PATIENCE:
                 raise
             return
         if row and row[0]:
@@ -167,7 +178,7 @@ class Team:
         try:
             with connect(self.dsn) as connection:
                 for session in active:
-                    connection.execute("select pg_terminate_backend(%s, 5000)", [session.pid])
+                    connection.execute(_END, [session.pid])
                 connection.execute("select etl.reap()")
         except B2SError as error:
             self.log.warning("sessions_left_behind", error_message=str(error), active_runs=runs)
@@ -187,10 +198,10 @@ class Team:
                 with connect(self.dsn) as connection:
                     connection.add_notice_handler(self._hear)
                     connection.execute("listen etl")
+                    delays = backoff()
                     self._watch(connection)
-            except B2SError as error:
-                self.log.debug("keeper_lost", error_message=str(error))
-                self._is_over.wait(next(delays))
+            except B2SError:
+                self._is_over.wait(next(delays))  # the sessions log that the database is gone
 
     def _watch(self, connection: Connection) -> None:
         reaped_at = 0.0
@@ -264,7 +275,7 @@ class _Session(threading.Thread):
             seen = team.news
             if self._execute_ready(connection):
                 continue
-            if team.is_once:
+            if team.is_once and not team.is_busy:
                 row = connection.execute(_IS_WAITED_FOR, team.filter).fetchone()
                 if row == (False,):
                     self._is_done = True
@@ -285,6 +296,7 @@ class _Session(threading.Thread):
             self.run_id = None
             if row and row[0]:
                 self._team.executed.add(run_id)
+                self._team.rouse()
                 return True
         return False
 

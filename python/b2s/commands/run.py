@@ -84,7 +84,8 @@ def execute(arguments: argparse.Namespace) -> int:
             request["max_concurrency"] = arguments.workers
     outcome = Runner(arguments.dsn, request, display, arguments.workers).run()
     known = "this idempotency key is known: run {} was started with it, nothing was run now"
-    remark = None if outcome.is_new else known.format(outcome.run_id)
+    is_known = "idempotency_key" in request and not outcome.is_new
+    remark = known.format(outcome.run_id) if is_known else None
     return report(arguments, outcome.run_id, remark)
 
 

@@ -50,13 +50,14 @@ def execute(arguments: argparse.Namespace) -> int:
         print_json(run)
         return 0
     print_lines(header_lines(run, look))
-    print()
     if is_backfill:
-        print_lines([*procedures, *backfillview.chunk_failures(run, look, is_full=True)])
+        print_lines(["", *procedures, *backfillview.chunk_failures(run, look, is_full=True)])
         print_lines(["", backfillview.summary(run, look)])
         _print_next(backfillview.next_steps(run))
         return 0
-    print_lines(steps_table(run, look))
+    steps = steps_table(run, look)
+    if steps:
+        print_lines(["", *steps])
     windows = list(window_lines(run))
     if windows:
         print_lines(["", "windows:", *windows])

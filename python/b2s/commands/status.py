@@ -24,7 +24,7 @@ select distinct on (h.pipeline) h.*,
        ) as workers
   from etl.run_history h
  where h.kind = 'run' and h.status <> 'queued'
- order by h.pipeline, h.run_id desc"""
+ order by h.pipeline, h.status = 'running' desc, h.run_id desc"""
 _QUEUED: Final = """
 select h.pipeline, h.run_id, h.requested_by, h.submitted_at from etl.run_history h
  where h.status = 'queued' order by h.pipeline, h.run_id"""
@@ -86,8 +86,8 @@ def _run_lines(run: Mapping[str, Any], style: Style) -> Iterator[str]:
         yield f"{head}, but its session is gone: b2s resume {run['run_id']}, or b2s reap"
         return
     if run["status"] != "running":
-        took = f"took {duration(run['duration_ms'])}, requested by {run['requested_by']}"
-        yield f"{head}, {moment(run['ended_at'])}, {took}"
+        took = f"took {duration(run['duration_ms'])}, " if run["started_at"] else ""
+        yield f"{head}, {moment(run['ended_at'])}, {took}requested by {run['requested_by']}"
         if run["error_message"]:
             yield f"  {visible(run['error_message'])}"
             yield f"  b2s show {run['run_id']}"
