@@ -22,7 +22,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 
 -- Tables
 \set migration 0001_catalog
-\set sha256 4706dd74ed40e92f4063969317f15c7c470fbdc193bdcfa282355bc1e5a58aa9
+\set sha256 b3ef4dd9ca6aa0ba6fd39b8b60507b3fddd2e39114f4efa8e3db0b49db4ca832
 \ir install/migration.sql
 \set migration 0002_runtime
 \set sha256 37dd594c3351603b2a9561610f0e2c60bfef21fddff50b880a233255b3098fb8
