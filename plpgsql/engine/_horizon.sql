@@ -69,27 +69,28 @@ revoke all on function etl._describe_holder(int) from public;
 -- message a session shows none, but the next one gets the time of the message. Whoever waits for its client, outside a
 -- transaction, has no message. A walsender streams in one message without end, and writes nothing meanwhile.
 --
--- The statistics functions by backend read a picture of all sessions at once, and of each only what is asked for: with a
--- thousand sessions that is a fifth of what pg_stat_activity takes. Few are left to be looked at closely.
+-- The statistics functions by backend read a picture of all sessions at once, and of each only what is asked for: of the
+-- thousand that are idle one function or two, of the few that are left everything.
 create or replace function etl._oldest_transaction(out started_at timestamptz, out pid int, out hidden int[])
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_database oid := (select d.oid from pg_catalog.pg_database d where d.datname = current_database());
-  v_silent   int[];
+  v_shown    int[];
   v_doubtful int[];
   v_inside   int[];
   v_close    record;
 begin
   perform pg_stat_clear_snapshot();
-  select min(q.xact_start), (array_agg(q.pid order by q.xact_start) filter (where q.xact_start is not null))[1],
-         array_agg(q.pid) filter (where q.xact_start is null),
-         array_agg(q.pid) filter (where q.xact_start is null and pg_stat_get_backend_wait_event(q.id) is distinct from 'ClientRead')
-    into started_at, pid, v_silent, v_doubtful
-    from (select i.id, pg_stat_get_backend_pid(i.id) as pid, pg_stat_get_backend_xact_start(i.id) as xact_start
-            from pg_stat_get_backend_idset() i(id)
-           where pg_stat_get_backend_dbid(i.id) = v_database and pg_stat_get_backend_userid(i.id) <> 0) q
-   where q.pid <> pg_backend_pid();
-  v_inside := array(select l.pid from pg_catalog.pg_locks l where l.locktype = 'virtualxid' and l.mode = 'ExclusiveLock' and l.granted and l.pid = any (v_silent));
+  select min(q.xact_start) filter (where q.is_writer), (array_agg(q.pid order by q.xact_start) filter (where q.is_writer))[1],
+         coalesce(array_agg(q.pid) filter (where q.xact_start is not null), '{}'), array_agg(q.pid) filter (where q.xact_start is null and q.is_writer)
+    into started_at, pid, v_shown, v_doubtful
+    from (select s.xact_start, pg_stat_get_backend_pid(s.id) as pid,
+                 pg_stat_get_backend_dbid(s.id) = v_database and pg_stat_get_backend_userid(s.id) <> 0
+                 and pg_stat_get_backend_pid(s.id) <> pg_backend_pid() as is_writer
+            from (select i.id, pg_stat_get_backend_xact_start(i.id) as xact_start from pg_stat_get_backend_idset() i(id) offset 0) s
+           where case when s.xact_start is null then pg_stat_get_backend_wait_event(s.id) is distinct from 'ClientRead' else true end) q;
+  v_inside := array(select l.pid from pg_catalog.pg_locks l
+                     where l.locktype = 'virtualxid' and l.mode = 'ExclusiveLock' and l.granted and l.pid <> all (v_shown) and l.pid <> pg_backend_pid());
   v_doubtful := v_doubtful || v_inside;
   if v_doubtful is null or v_doubtful = '{}' then return; end if;
   perform pg_stat_clear_snapshot();
@@ -99,7 +100,8 @@ begin
     from (select distinct a.pid, a.xact_start,
                  coalesce(a.xact_start, case when a.state in ('active', 'fastpath function call') then a.query_start end) as started_at
             from unnest(v_doubtful) d(pid) cross join lateral pg_stat_get_activity(d.pid) a
-           where a.backend_type is distinct from 'walsender' or a.query !~* '^\s*start_replication') q;
+           where a.datid = v_database and a.usesysid is not null
+             and (a.backend_type is distinct from 'walsender' or a.query !~* '^\s*start_replication')) q;
   if started_at is null or v_close.started_at < started_at then started_at := v_close.started_at; pid := v_close.pid; end if;
   hidden := v_close.hidden;
 end $$;
