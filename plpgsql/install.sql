@@ -22,7 +22,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 
 -- Tables
 \set migration 0001_catalog
-\set sha256 4706dd74ed40e92f4063969317f15c7c470fbdc193bdcfa282355bc1e5a58aa9
+\set sha256 b3ef4dd9ca6aa0ba6fd39b8b60507b3fddd2e39114f4efa8e3db0b49db4ca832
 \ir install/migration.sql
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea

@@ -387,10 +387,13 @@ class Actor:
         self.pid = 0
 
     def connect(self) -> Connection:
-        if self.conn is None or self.conn.closed:
+        while self.conn is None or self.conn.closed:
             self.conn = connect(self.chaos.db, application_name=self.name)
             self.pid = self.conn.info.backend_pid
-            self.settings = self._look()
+            try:
+                self.settings = self._look()
+            except psycopg.OperationalError:  # the server has just crashed
+                self.conn.close()
         return self.conn
 
     def _look(self) -> Any:

@@ -89,7 +89,7 @@ grant execute on function etl._last_success_at(int) to etl_reader;
 create or replace function etl._step_settings(procedure etl.procedures, search_path text[]) returns jsonb
 language sql stable
 return nullif(jsonb_strip_nulls(jsonb_build_object('timeout_ms', procedure.timeout_ms, 'lock_timeout_ms', procedure.lock_timeout_ms,
-                                                   'search_path', nullif(search_path, '{}'),
+                                                   'time_zone', procedure.watermark_time_zone, 'search_path', nullif(search_path, '{}'),
                                                    'checks', nullif(procedure.checks, '[]'))), '{}');
 comment on function etl._step_settings(etl.procedures, text[]) is 'What the steps of a procedure set for themselves, as it is configured now; null for nothing.';
 revoke all on function etl._step_settings(etl.procedures, text[]) from public;

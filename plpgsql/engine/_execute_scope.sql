@@ -53,6 +53,7 @@ revoke all on function etl._record_success(etl.procedure_runs, timestamptz, bigi
 create or replace function etl._apply_settings(settings jsonb) returns void
 language plpgsql volatile as $$
 begin
+  if settings ? 'time_zone' then perform pg_catalog.set_config('timezone', settings->>'time_zone', true); end if;
   if settings ? 'lock_timeout_ms' then perform pg_catalog.set_config('lock_timeout', settings->>'lock_timeout_ms', true); end if;
   if settings ? 'search_path' then
     perform pg_catalog.set_config('search_path', (
@@ -61,7 +62,7 @@ begin
   end if;
 end $$;
 comment on function etl._apply_settings(jsonb) is
-  'Sets lock_timeout and search_path for a step. Pins no search_path itself, or what it sets would end with it.';
+  'Sets timezone, lock_timeout and search_path for a step. Pins no search_path itself, or what it sets would end with it.';
 revoke all on function etl._apply_settings(jsonb) from public;
 
 -- A routine that says create temp table if not exists would otherwise use one that the caller has made, with triggers
@@ -88,6 +89,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
   v_timeout    text := current_setting('lock_timeout');
+  v_time_zone  text := current_setting('timezone');
   v_result     record;
   v_rows       bigint;
   v_unmet      jsonb;
@@ -107,7 +109,7 @@ begin
     execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
   end if;
   if step.settings is not null then
-    perform set_config('search_path', 'pg_catalog, pg_temp', true), set_config('lock_timeout', v_timeout, true);
+    perform set_config('search_path', 'pg_catalog, pg_temp', true), set_config('lock_timeout', v_timeout, true), set_config('timezone', v_time_zone, true);
   end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;

@@ -162,7 +162,7 @@ def long(dsn: str, steps: int) -> bool:
     """Per tenth of a long run: milliseconds per step, and the memory of the backend."""
     needs = [[n - 10] if n >= 10 else [] for n in range(steps)]
     with psycopg.connect(dsn, autocommit=True) as conn:
-        # One function for all: what the server keeps of each function a session has called would hide the rest.
+        # One function for all: what the server keeps of each function that was called would hide the rest.
         # Each hundredth time it looks at the session that executes it, from within.
         body = (
             "insert into long.target values (1, 1) returning target.n into n;"
