@@ -119,6 +119,7 @@ def connect(db: Database, **options: Any) -> Connection:
                 raise
             time.sleep(0.02)
         else:
+            db.connections.append(conn)
             return conn
 
 
@@ -411,7 +412,8 @@ class Actor:
             self.chaos.answers[f"{routine}: {reason(error)}"] += 1
             if error.sqlstate not in _ALLOWED:
                 self.chaos.note(f"{routine}({arguments.get('run_id', '')}) raised {error.sqlstate}: {error}")
-            if error.sqlstate in (None, "57P01", "57P02", "57P03"):
+            # Interrupted between two transactions, a session keeps the run lock until it ends or calls again.
+            if error.sqlstate in (None, "57P01", "57P02", "57P03", "57014"):
                 conn.close()
                 self.chaos.lost.append(self.pid)
             else:  # who is refused, or interrupted in the middle, keeps the name of the step
@@ -427,10 +429,6 @@ class Actor:
                 socket.socket(fileno=os.dup(self.conn.fileno())) as raw,
             ):
                 raw.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        if self.conn is not None:
-            self.conn.close()
 
 
 # -- what happens to them --
@@ -810,10 +808,6 @@ class Chaos:
             " select 'watermark', state_key, last_success_watermark from etl.state where strategy = 'id'"
         )
         return {(row["what"], _number(row["part"])): row["is_there"] for row in rows}
-
-    def close(self) -> None:
-        for actor in self.actors:
-            actor.close()
 
 
 def _number(part: str) -> int | str:

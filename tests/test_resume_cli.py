@@ -342,15 +342,16 @@ def test_resume_refuses_with_a_command_as_remedy(failing: Pipeline, cli: Cli) ->
 def test_the_latest_run_is_no_backfill(failing: Pipeline, cli: Cli) -> None:
     cli("run")
     failing.conn.execute(
-        "insert into etl.runs (kind, pipeline_id, config_version_id, request, fingerprint, requested_by, max_concurrency,"
-        " step_count, status, started_at, ended_at)"
-        " select 'backfill', pipeline_id, config_version_id, '{}', '', 'ann', 1, 1, 'succeeded', now(), now() from etl.runs"
+        "insert into etl.runs (kind, pipeline_id, config_version_id, request, fingerprint, requested_by,"
+        " max_concurrency, step_count, status, started_at, ended_at)"
+        " select 'backfill', pipeline_id, config_version_id, '{}', '', 'ann', 1, 1, 'succeeded', now(), now()"
+        " from etl.runs"
     )
     failing.routine("b")
     assert cli("resume", "latest").code == 0
     assert failing.run(3)["parent_run_id"] == 1
     refused = cli("resume", "2")
-    assert (refused.code, "hint: b2s backfill --resume 2" in refused.err) == (3, True)
+    assert (refused.code, "hint: b2s backfill --resume RUN takes up" in refused.err) == (3, True)
 
 
 @pytest.mark.parametrize("changed", ["reuse", "rerun"])

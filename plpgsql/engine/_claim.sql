@@ -187,20 +187,25 @@ end $$;
 comment on function etl._take_next(etl.runs, int) is 'Takes the next scope of a run that is ready; null when none is left.';
 revoke all on function etl._take_next(etl.runs, int) from public;
 
--- What was not started is skipped, and frees what waits for it together with the scope that has just ended. Sessions do this
--- one at a time: the row of the run is locked.
-create or replace function etl._cancel_pending(run_id bigint, ended_scope int) returns boolean
+-- What was not started is skipped, and frees what waits for it. Its rows are locked at once or not at all: a session that waited
+-- here, for others that have just freed or taken scopes, could have them wait for it in turn.
+create or replace function etl._cancel_pending(run_id bigint) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_ended int[];
+  v_skipped int[];
 begin
-  perform from etl.runs r where r.run_id = _cancel_pending.run_id for update;
-  v_ended := array_remove(etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled') || nullif(ended_scope, 0), null);
-  perform etl._release(run_id, v_ended);
-  return v_ended <> '{}';
+  begin
+    perform from etl.run_scopes s where s.run_id = _cancel_pending.run_id and not s.is_passed order by s.scope_index for update nowait;
+  exception when lock_not_available then
+    return null;
+  end;
+  v_skipped := etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'cancelled');
+  perform etl._release(run_id, v_skipped);
+  return v_skipped <> '{}';
 end $$;
-comment on function etl._cancel_pending(bigint, int) is 'Skips every scope of a run that was not started because the run is to stop; false when there was none left.';
-revoke all on function etl._cancel_pending(bigint, int) from public;
+comment on function etl._cancel_pending(bigint) is
+  'Skips every scope of a run that was not started because the run is to stop; false when there was none left, null when others are just busy with them.';
+revoke all on function etl._cancel_pending(bigint) from public;
 
 create or replace function etl._has_worked(run etl.runs) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
@@ -315,21 +320,26 @@ declare
   -- A slice was committed, and the next one of the same step follows.
   v_is_over boolean := not coalesce(done ? 'goes_on', false);
   v_is_idle boolean := done is null;
+  v_is_skipped boolean;
   v_scope   etl.run_scopes;
   v_is_set  boolean;
+  v_is_worker boolean;
 begin
   select * into v_run from etl.runs r where r.run_id = _claim.run_id;
-  if etl._is_owner(v_run) is not true and etl._is_helper(v_run) is not true then
-    if v_run.ended_at is not null and etl._has_worked(v_run) then return null; end if;
-    perform etl._fail_not_owned(run_id);
-  end if;
+  v_is_worker := coalesce(etl._is_owner(v_run), false) or etl._is_helper(v_run);
+  if not v_is_worker and not (v_run.ended_at is not null and etl._has_worked(v_run)) then perform etl._fail_not_owned(run_id); end if;
   for i in 0 .. coalesce(jsonb_array_length(done->'events'), 0) - 1 loop
     v_is_set := etl._announce(done->'events'->i);
   end loop;
+  if not v_is_worker then return null; end if;
+  if is_awaited and v_is_over then perform etl._release(run_id, array[v_ended]); end if;
   if v_run.cancel_requested_at is not null then
-    v_is_idle := not etl._cancel_pending(run_id, case when v_is_over then v_ended end) and v_is_idle;
-  elsif is_awaited and v_is_over then
-    perform etl._release(run_id, array[v_ended]);
+    v_is_skipped := etl._cancel_pending(run_id);
+    if v_is_skipped is null then
+      v_scope.scope_index := 0;
+      return v_scope;
+    end if;
+    v_is_idle := v_is_idle and not v_is_skipped;
   end if;
   if not exists (select from etl.run_workers w where w.run_id = _claim.run_id) then
     select * into v_scope from etl.run_scopes s

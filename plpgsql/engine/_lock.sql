@@ -29,17 +29,26 @@ comment on function etl._lock_key(etl.runs) is 'The second key of the advisory l
 revoke all on function etl._lock_key(etl.runs) from public;
 grant execute on function etl._lock_key(etl.runs) to etl_reader;
 
+-- Holds of our own at session level were left by an earlier CALL of this session that was interrupted, or whose COMMIT failed:
+-- as long as they are there, its run passes for alive.
+create or replace function etl._drop_holds(lock_key int) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  while exists (select from pg_catalog.pg_locks l
+                 where l.locktype = 'advisory' and l.pid = pg_backend_pid() and l.classid = 6435443
+                   and l.objid = lock_key::oid and l.objsubid = 2 and l.granted) loop
+    exit when not (pg_advisory_unlock_shared(6435443, lock_key) or pg_advisory_unlock(6435443, lock_key));
+  end loop;
+end $$;
+comment on function etl._drop_holds(int) is 'Lets go of a run lock that an earlier CALL of this session has left behind.';
+revoke all on function etl._drop_holds(int) from public;
+
 create or replace function etl._acquire(pipeline_id int) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_holder record;
 begin
-  -- Session-level holds of our own were left by an earlier CALL of this session whose COMMIT failed.
-  while exists (select from pg_catalog.pg_locks l
-                 where l.locktype = 'advisory' and l.pid = pg_backend_pid() and l.classid = 6435443
-                   and l.objid = pipeline_id::oid and l.objsubid = 2 and l.granted) loop
-    exit when not (pg_advisory_unlock_shared(6435443, pipeline_id) or pg_advisory_unlock(6435443, pipeline_id));
-  end loop;
+  perform etl._drop_holds(pipeline_id);
   if not pg_try_advisory_xact_lock_shared(6435443, 0) then
     perform etl._fail('PT409', 'install.active', 'b2s is being upgraded in this database', 'try again in a moment');
   end if;
@@ -86,7 +95,7 @@ revoke all on function etl._is_owner(etl.runs) from public;
 create or replace function etl._is_helper(run etl.runs) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-  return run.status = 'running' and exists (select from etl.run_workers w where w.run_id = run.run_id and w.pid = pg_backend_pid())
+  return coalesce(run.status = 'running', false) and exists (select from etl.run_workers w where w.run_id = run.run_id and w.pid = pg_backend_pid())
      and pg_try_advisory_xact_lock_shared(6435443, etl._lock_key(run));
 end $$;
 comment on function etl._is_helper(etl.runs) is 'Whether this very session has joined a run that another one took up.';

@@ -134,6 +134,8 @@ declare
   v_delay float8;
   v_stops boolean;
   v_is_halved boolean;
+  v_waiting   int[];
+  v_locked    int[];
   v_skipped   int[];
 begin
   select * into strict v_scope from etl.run_scopes s
@@ -155,12 +157,19 @@ begin
       return v_delay;
     end if;
   end if;
-  -- Sessions whose steps fail at the same time do this one after the other.
-  perform from etl.runs r where r.run_id = _record_failure.run_id for update;
-  v_skipped := etl._skip_scopes(run_id, etl._requiring_scopes(run_id, scope_index), case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   select bool_or(p.on_failure = 'stop') into v_stops
     from etl.procedure_runs s join etl.procedures p using (procedure_id)
    where s.run_id = _record_failure.run_id and s.order_index between v_scope.first_order_index and v_scope.last_order_index;
+  -- Sessions whose steps fail at the same time do this one after the other, and lock all the scopes it is about in one go, in order.
+  perform from etl.runs r where r.run_id = _record_failure.run_id for update;
+  v_waiting := etl._requiring_scopes(run_id, scope_index);
+  v_locked := scope_index || coalesce(v_waiting, '{}') || case when v_stops then etl._pending_scopes(run_id) else '{}' end;
+  perform from etl.run_scopes s
+    where s.run_id = _record_failure.run_id
+      and s.scope_index = any (v_locked || array(select unnest(e.required_by || e.precedes) from etl.run_scopes e
+                                                  where e.run_id = _record_failure.run_id and e.scope_index = any (v_locked)))
+    order by s.scope_index for update;
+  v_skipped := etl._skip_scopes(run_id, v_waiting, case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   if v_stops then v_skipped := v_skipped || etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
   perform etl._release(run_id, scope_index || v_skipped);
   return null;

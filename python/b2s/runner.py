@@ -23,10 +23,12 @@ from b2s.crew import Crew
 from b2s.db import Connection, connect
 from b2s.errors import B2SError, DatabaseError
 from b2s.progress import Display
-from b2s.retry import event_in
+from b2s.retry import backoff, event_in
 from b2s.selection import call_arguments
 
 _LOOKED_EVERY: Final = 0.25
+_TRIES: Final = 5
+"""How often a session is tried that asks how a run stands which has lost its first one: some four seconds."""
 _STANDING: Final = """
 select h.status, h.is_dead, exists (select from pg_stat_activity a where a.pid = %(pid)s)
   from etl.run_history h where h.run_id = %(run_id)s"""
@@ -182,28 +184,34 @@ class Runner:
 
     # -- when it is gone --
 
-    def _outlive(self, run_id: int, lost: BaseException) -> None:
+    def _outlive(self, run_id: int, lost: DatabaseError) -> None:
         """The session of the CALL is gone. Others may go on with the run: waits for its end on record."""
+        delays = backoff()
+        for _ in range(_TRIES):
+            try:
+                with connect(self._dsn) as second:
+                    self._inbox.put(_Ended((run_id, self._await_end(second, run_id, lost)), is_final=True))
+                    return
+            except B2SError:
+                time.sleep(next(delays))
+        hint = f"what it committed stays; once the server is back: b2s resume {run_id}"
+        self._inbox.put(_Ended(None, DatabaseError(str(lost), hint, sqlstate=lost.sqlstate), is_final=True))
+
+    def _await_end(self, second: Connection, run_id: int, lost: DatabaseError) -> str:
+        """The status that a run ends with; when nobody is at work on it any more, that is recorded."""
         has_told = False
-        try:
-            with connect(self._dsn) as second:
-                while True:
-                    row = second.execute(_STANDING, {"run_id": run_id, "pid": self._pid}).fetchone()
-                    status, is_dead, is_there = row or ("abandoned", False, False)
-                    if status != "running":
-                        self._inbox.put(_Ended((run_id, status), is_final=True))
-                        return
-                    if is_dead:
-                        self._remark(f"{lost}; nobody is at work on run {run_id} any more")
-                        second.execute("select etl.reap()")
-                    elif not has_told and not is_there:
-                        has_told = True
-                        self._remark(f"{lost}; other sessions go on with run {run_id}, waiting for its end")
-                    time.sleep(_LOOKED_EVERY)
-        except B2SError:
-            hint = f"what it committed stays; once the server is back: b2s resume {run_id}"
-            error = DatabaseError(str(lost), hint, sqlstate=getattr(lost, "sqlstate", None))
-            self._inbox.put(_Ended(None, error, is_final=True))
+        while True:
+            row = second.execute(_STANDING, {"run_id": run_id, "pid": self._pid}).fetchone()
+            status, is_dead, is_there = row or ("abandoned", False, False)
+            if status != "running":
+                return str(status)
+            if is_dead:
+                self._remark(f"{lost}; nobody is at work on run {run_id} any more")
+                second.execute("select etl.reap()")
+            elif not has_told and not is_there:
+                has_told = True
+                self._remark(f"{lost}; other sessions go on with run {run_id}, waiting for its end")
+            time.sleep(_LOOKED_EVERY)
 
     # -- stopping it --
 

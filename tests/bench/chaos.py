@@ -46,7 +46,8 @@ def rounds(server: Server, seed: int, count: int) -> list[str]:
     print("faults: " + ", ".join(f"{chaos.counts[f'fault {name}']} {name}" for name in FAULTS))
     answers = ", ".join(f"{n} {what}" for what, n in chaos.answers.most_common())
     print(f"calls that ended with an error: {answers}")
-    chaos.close()
+    db.drop()
+    quiet.drop()
     return found
 
 

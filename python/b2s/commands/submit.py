@@ -68,14 +68,18 @@ def _wait(connection: Connection, run_id: int, display: Display) -> None:
     try:
         while True:
             row = connection.execute(_STANDING, [run_id]).fetchone()
-            if row is None or row[0] not in ("queued", "running"):
-                return
-            if row[1]:
+            has_ended = row is None or row[0] not in ("queued", "running")
+            if row is not None and row[1]:
                 connection.execute("select etl.reap()")
-            for notice in connection.notifies(timeout=_HEARD_EVERY, stop_after=1):
+            # What was said last may arrive a moment after the status can be seen.
+            for notice in connection.notifies(timeout=_HEARD_EVERY, stop_after=None if has_ended else 1):
                 event = json.loads(notice.payload)
                 if event.get("run_id") == run_id:
                     display.event(event)
+                    if str(event["event"]).startswith("run_"):
+                        return
+            if has_ended:
+                return
             display.tick()
     finally:
         display.close()
