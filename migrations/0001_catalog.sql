@@ -63,6 +63,7 @@ create table etl.procedures (
   state_key             text,
   delay_ms              int not null,
   on_empty              text not null default 'run',
+  watermark_time_zone   text,
   max_attempts          int not null,
   backoff_ms            int not null,
   max_backoff_ms        int not null,
@@ -94,6 +95,8 @@ comment on column etl.procedures.rows_column is
 comment on column etl.procedures.watermark_sources is
   'Columns (schema.table.column) by which new rows are told, or one query that returns the newest value to read.';
 comment on column etl.procedures.delay_ms is 'How far the end of a window of timestamps stays behind the safe bound, milliseconds.';
+comment on column etl.procedures.watermark_time_zone is
+  'For a source of type timestamp without time zone: the zone in which its values are read, whoever runs; that of the session which first configured it.';
 comment on column etl.procedures.on_empty is 'What a step does whose window holds no row: run, or skip.';
 comment on column etl.procedures.max_window is
   'The longest window one transaction reads: a duration such as "1 day", a number of ids, or a number of transactions, by strategy. Null: all of it.';

@@ -91,9 +91,19 @@ comment on column etl.runs.mode is 'The mode asked for; null when each procedure
 comment on column etl.runs.parameters is 'The parameters as they were used, by procedure, defaults included.';
 comment on column etl.runs.fingerprint is 'Digest of the request: the same idempotency key with another request is refused.';
 comment on column etl.runs.requested_by is 'The role that asked: the SET ROLE in force, else the login.';
-comment on column etl.runs.worker_pid is 'Backend that walks the run; it also holds its advisory lock: (6435443, pipeline_id), or (6435443, -run_id) for a backfill.';
+comment on column etl.runs.started_at is 'When a session took it up; null while it is queued.';
+comment on column etl.runs.worker_pid is 'Backend that took the run up. It, and every session that helps (etl.run_workers), holds its advisory lock: (6435443, pipeline_id), or (6435443, -run_id) for a backfill.';
 comment on column etl.runs.duration_ms is 'From started_at to ended_at, milliseconds.';
 comment on column etl.runs.error_code is 'Stable code of the first failure, e.g. full_refresh.frozen, or its SQLSTATE.';
+
+create table etl.run_workers (
+  run_id    bigint not null references etl.runs,
+  pid       int not null,
+  joined_at timestamptz not null default clock_timestamp(),
+  primary key (run_id, pid)
+);
+comment on table etl.run_workers is 'Sessions that help to execute a run, beside the one that took it up (etl.runs.worker_pid). Source: etl.work.';
+comment on column etl.run_workers.pid is 'Backend; alive as long as it holds the advisory lock of the run.';
 
 -- The engine's small scheduling state. A scope is a transaction: some steps, one refresh, or a barrier between phases.
 create table etl.run_scopes (
@@ -109,6 +119,7 @@ create table etl.run_scopes (
   slice_width            numeric,
   remaining_dependencies etl.remaining_count not null,
   is_passed              boolean not null default false,
+  ready_at               timestamptz,
   primary key (run_id, scope_index)
 ) with (fillfactor = 50);
 comment on table etl.run_scopes is
@@ -117,7 +128,8 @@ comment on column etl.run_scopes.required_by is 'Scopes that need this one to su
 comment on column etl.run_scopes.slice_width is
   'How much one slice reads: milliseconds, ids or transactions. Set when a slice ran out of a resource; null: max_window.';
 comment on column etl.run_scopes.attempt is 'The attempt at its steps that is pending or running.';
-comment on column etl.run_scopes.is_passed is 'For a barrier: all that comes before it has ended.';
+comment on column etl.run_scopes.is_passed is 'It has ended, and what waits for it was told. A barrier: all that comes before it has ended.';
+comment on column etl.run_scopes.ready_at is 'Not to be tried again before.';
 comment on column etl.run_scopes.precedes is 'Scopes that only have to come later (dimensions before facts).';
 
 -- No foreign key: rows are written together with their run, and runs and procedures are never deleted under them.
@@ -165,6 +177,9 @@ create table etl.procedure_runs (
   error_detail       text,
   error_hint         text,
   error_context      text,
+  blocked_by         jsonb,
+  timed_out_at       timestamptz,
+  definition         text,
   primary key (run_id, order_index, attempt)
 ) with (fillfactor = 50);
 create index procedure_runs_procedure_id_run_id on etl.procedure_runs (procedure_id, run_id desc);
@@ -192,6 +207,10 @@ comment on column etl.procedure_runs.table_counts is
 comment on column etl.procedure_runs.warnings is 'Checks of severity warn that did not hold.';
 comment on column etl.procedure_runs.error_class is
   'transient, data_quality, schema_mismatch, resource, timeout, cancelled or code.';
+comment on column etl.procedure_runs.blocked_by is
+  'After a deadlock or a lock timeout: sessions that held locks which the step may have waited for.';
+comment on column etl.procedure_runs.timed_out_at is 'When etl.watchdog cancelled the statement because the timeout of the procedure had passed.';
+comment on column etl.procedure_runs.definition is 'Digest of the routine and of how it is called, when the run was planned: tells whether it has changed since.';
 comment on column etl.procedure_runs.error_code is 'Stable code (check.failed, ...) or, for an error of the server, its SQLSTATE.';
 
 create table etl.mv_refreshes (

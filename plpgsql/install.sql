@@ -22,10 +22,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 
 -- Tables
 \set migration 0001_catalog
-\set sha256 4706dd74ed40e92f4063969317f15c7c470fbdc193bdcfa282355bc1e5a58aa9
+\set sha256 b3ef4dd9ca6aa0ba6fd39b8b60507b3fddd2e39114f4efa8e3db0b49db4ca832
 \ir install/migration.sql
 \set migration 0002_runtime
-\set sha256 37dd594c3351603b2a9561610f0e2c60bfef21fddff50b880a233255b3098fb8
+\set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
 
 -- Engine
@@ -60,6 +60,8 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_execute_refresh.sql
 \ir engine/_record_failure.sql
 \ir engine/_finish_run.sql
+\ir engine/_work.sql
+\ir engine/_resume.sql
 \ir engine/_rehearse.sql
 \ir engine/_compile_call.sql
 \ir engine/_compile_check.sql
@@ -83,6 +85,11 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/get_run.sql
 \ir api/list_procedures.sql
 \ir api/cancel_run.sql
+\ir api/submit_run.sql
+\ir api/work.sql
+\ir api/resume_run.sql
+\ir api/reap.sql
+\ir api/watchdog.sql
 \ir api/freeze_full_refresh.sql
 \ir api/set_watermark.sql
 \ir api/rebase_watermark.sql

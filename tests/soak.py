@@ -406,7 +406,7 @@ def two_phase(s: Session) -> Steps:
     s.write(2)
     yield s.soon()
     s.commit(f"prepare transaction '{gid}'")
-    yield s.later()
+    yield 4 * s.later()
     with s.soak.other() as other:
         if other.execute("select 1 from pg_prepared_xacts where gid = %s", [gid]).fetchone():
             verb = "commit" if s.rng.random() < 0.7 and not s.table.is_stamped else "rollback"

@@ -306,7 +306,8 @@ def test_a_reader_can_read_and_plan(pipeline: Pipeline) -> None:
 ANY_CALLER: frozenset[str] = frozenset({
     "_change_baseline", "_request", "_run_status", "_requester", "_is_alive", "_hold", "_rehold",
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
-    "_table_name", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
+    "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
+    "_definition",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock that is the caller's own."""
 
@@ -324,9 +325,18 @@ AS_A_REQUEST = {
     "_rehearse": "select etl._rehearse('{{}}')",
     "_report_plan": "select etl._report_plan('{{}}', true)",
     "_request_cancel": "select etl._request_cancel({run_id}, 'x')",
-    "_signal_worker": "select etl._signal_worker({run_id})",
+    "_begin_resume": "select etl._begin_resume({run_id}, null)",
 }
 """Helpers that refuse what the verb they belong to refuses."""
+
+AS_THE_VERB = frozenset({"_submit", "_enlist", "_time_out_steps"})
+"""Helpers that are all there is to a verb which any operator may call at any time."""
+
+ON_REQUEST = {
+    "_cancel_statement": "select etl._cancel_statement({pid})",
+    "_signal_as_owner": "select etl._signal_as_owner({pid})",
+}
+"""Helpers that do nothing to a run which nobody has asked to stop."""
 
 
 def snapshot(pipeline: Pipeline) -> list[Any]:
@@ -343,19 +353,22 @@ def test_helpers_called_out_of_turn_are_refused(waiting: Pipeline) -> None:
         " and p.proname like '\\_%%' and p.prokind = 'f'"
         " and has_function_privilege('etl_operator', p.oid, 'execute')"
     )
-    assert set(granted) == ANY_CALLER | set(OUT_OF_TURN) | set(AS_A_REQUEST)
+    assert set(granted) == ANY_CALLER | set(OUT_OF_TURN) | set(AS_A_REQUEST) | AS_THE_VERB | set(ON_REQUEST)
     attacker = waiting.login("etl_operator")
     with waiting.gate() as gate:
         started = waiting.start_in_background(waiting.login("etl_operator"))
-        gate.wait_for_arrivals()
+        (pid,) = gate.wait_for_arrivals()
         run_id = waiting.value("select run_id from etl.runs")
         before = snapshot(waiting)
+        for statement in ON_REQUEST.values():
+            assert attacker.execute(statement.format(pid=pid).encode()).fetchone() == (False,)
         for name, statement in OUT_OF_TURN.items():
             with refused("42501", "run.not_owned"):
                 attacker.execute(statement.format(run_id=run_id).encode())
             assert name in statement
-        for statement in AS_A_REQUEST.values():
-            code, sqlstate = ("run.not_yours", "PT403") if "run_id" in statement else ("run.active", "PT409")
+        for name, statement in AS_A_REQUEST.items():
+            is_cancel = name == "_request_cancel"
+            code, sqlstate = ("run.not_yours", "PT403") if is_cancel else ("run.active", "PT409")
             with refused(sqlstate, code):
                 attacker.execute(statement.format(run_id=run_id).encode())
         assert snapshot(waiting) == before

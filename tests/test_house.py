@@ -28,7 +28,7 @@ ENGINE = [path for path in CODE if path.parent.name == "engine"]
 
 PINNED = "search_path=pg_catalog, pg_temp"
 # A procedure that commits can have no SET clause, and what one sets ends with the routine that has it.
-UNPINNED = {"start_run", "backfill", "_walk", "_apply_settings"}
+UNPINNED = {"start_run", "work", "resume_run", "backfill", "_walk", "_apply_settings"}
 FOLDERS = {"docker", "docs", "migrations", "plpgsql", "python", "tests"}
 
 CREATED = re.compile(r"^create or replace (?:function|procedure) etl\.(\w+)", re.MULTILINE)

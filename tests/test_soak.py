@@ -5,13 +5,13 @@ import pytest
 from tests.servers import Database
 from tests.soak import KINDS, NAIVE, SUBJECTS, Naive, Session, Soak, Subject
 
-SECONDS = 4.0
+SECONDS = 5.0
 SEED = 1
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
 def test_silver_equals_bronze_after_a_soak(db: Database, subject: Subject) -> None:
-    soak = Soak(db, [subject], seed=SEED, longest=0.4)
+    soak = Soak(db, [subject], seed=SEED, longest=0.8)
     soak.run(SECONDS)
     outcome = soak.outcome(subject)
     assert outcome.is_exact, outcome

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import psycopg
 import pytest
 
+from b2s.embedded import StopMode
 from tests.pipelines import Background, Gate, Pipeline, Row, Run, refused
 from tests.servers import Connection, Database, Server, wait_until
 
@@ -98,6 +100,9 @@ class Watch:
             return
         now = self.pipeline.value("select clock_timestamp()")
         wait_until(self.conn, "select clock_timestamp() > %s + interval '1.05 seconds'", [now])
+
+    def reconnect(self) -> None:
+        self.conn = self.pipeline.conn = self.session()
 
     def catch_up(self) -> list[str]:
         """What Silver holds in the end."""
@@ -350,16 +355,16 @@ def test_a_session_that_streams_changes_holds_nothing_back(private_server: Serve
     with Watch(database, "timestamp") as watch:
         watch.conn.execute("create publication p for table bronze.src")
         watch.configure()
-        streaming = watch.session(replication="database")
-        streaming.execute("CREATE_REPLICATION_SLOT b2s TEMPORARY LOGICAL pgoutput")
-        streaming.pgconn.send_query(
-            b"START_REPLICATION SLOT b2s LOGICAL 0/0 (proto_version '1', publication_names 'p')"
-        )
-        wait_until(watch.conn, "select count(*) from pg_stat_replication where state = 'streaming'")
-        watch.let_a_second_pass()
-        watch.insert("row")
-        assert watch.catch_up() == ["row"]
-        streaming.close()
+        with closing(watch.session(replication="database")) as streaming:
+            streaming.execute("CREATE_REPLICATION_SLOT b2s TEMPORARY LOGICAL pgoutput")
+            streaming.pgconn.send_query(
+                b"START_REPLICATION SLOT b2s LOGICAL 0/0 (proto_version '1', publication_names 'p')"
+            )
+            wait_until(watch.conn, "select count(*) from pg_stat_replication where state = 'streaming'")
+            watch.let_a_second_pass()
+            watch.insert("row")
+            assert watch.catch_up() == ["row"]
+    database.drop()
 
 
 def test_a_column_without_a_time_zone_is_read_alike_by_readers_of_any_zone(by_time: Watch) -> None:
@@ -446,9 +451,7 @@ def test_a_prepared_transaction_is_waited_for_briefly(by_time: Watch, gid: str) 
     assert by_time.copied() == ["prepared"]
 
 
-def test_a_writer_that_prepares_while_a_run_waits_for_it_is_waited_for_under_its_new_name(
-    by_id: Watch, gid: str
-) -> None:
+def test_a_writer_that_prepares_while_a_run_waits_for_it_is_still_waited_for(by_id: Watch, gid: str) -> None:
     by_id.configure()
     writer = by_id.session()
     writer.execute("begin")
@@ -462,6 +465,28 @@ def test_a_writer_that_prepares_while_a_run_waits_for_it_is_waited_for_under_its
     assert by_id.copied() == []
     by_id.conn.execute(f"commit prepared '{gid}'".encode())
     assert by_id.catch_up() == ["early", "late"]
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_prepared_writer_that_holds_ids_back_does_so_after_a_restart(
+    private_server: Server, mode: StopMode
+) -> None:
+    """It has another name in pg_locks then than the one that was remembered."""
+    database = private_server.create_database(template=private_server.migrated_template())
+    watch = Watch(database, "id").configure()
+    writer = watch.session()
+    writer.execute("begin")
+    watch.insert("late", writer)
+    writer.execute("prepare transaction 'before the restart'")
+    watch.insert("early")
+    watch.run()
+    private_server.restart(mode)
+    watch.reconnect()
+    watch.run()
+    assert watch.copied() == []
+    watch.conn.execute("commit prepared 'before the restart'")
+    assert watch.catch_up() == ["early", "late"]
+    database.drop()
 
 
 def test_a_writer_of_a_query_source_that_is_prepared_holds_it_back(by_time: Watch, gid: str) -> None:
@@ -746,6 +771,20 @@ def test_ids_of_a_query_are_not_held_back_by_another_pipeline_that_runs(by_id: W
         assert by_id.copied() == ["row"]
         gate.open()
         started.result()
+
+
+def test_a_prepared_writer_of_one_partition_is_a_writer_of_the_table(watch: Watch, gid: str) -> None:
+    watch.pipeline.sql(PARTS)
+    watch.configure("parts")
+    writer = watch.session()
+    writer.execute("begin")
+    watch.insert("late", writer, table="parts_0")
+    writer.execute(f"prepare transaction '{gid}'".encode())
+    watch.insert("early", table="parts")
+    watch.let_a_second_pass()
+    watch.run()
+    watch.conn.execute(f"commit prepared '{gid}'".encode())
+    assert watch.catch_up() == ["early", "late"]
 
 
 # -- as_of and first runs --

@@ -21,27 +21,35 @@ begin
     v_next := etl._claim(run_id, v_result, pg_catalog.cardinality(v_next.required_by) + pg_catalog.cardinality(v_next.precedes) > 0);
     v_is_held := etl._hold(lock_key);
     if v_next.scope_index is null then
-      commit; v_is_held := pg_catalog.pg_advisory_unlock(6435443, lock_key);
+      commit; v_is_held := pg_catalog.pg_advisory_unlock_shared(6435443, lock_key);
       return;
     end if;
-    if v_next.isolation = 'serializable' then commit; set transaction isolation level serializable, read write;
-    elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read, read write;
-    else commit; set transaction isolation level read committed, read write; end if;
-    v_is_held := etl._rehold(lock_key);
-    if v_next.kind::text = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
-    else v_result := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
-    v_is_held := etl._hold(lock_key);
-    if pg_catalog.jsonb_exists(v_result, 'failure') then
-      rollback; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
-      v_delay := etl._record_failure(run_id, v_next.scope_index, pg_catalog.jsonb_object_field(v_result, 'failure'));
-      v_seen := etl._change_baseline();
+    if v_next.scope_index = 0 then
+      -- Others execute what is left: look again in a moment, holding no snapshot meanwhile.
+      commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
       v_result := null;
       v_next := null;
-      v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
+      v_delay := 100;
     else
-      commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
-      v_seen := coalesce(pg_catalog.jsonb_object_field(v_result, 'seen'), v_seen);
-      v_delay := pause_ms;
+      if v_next.isolation = 'serializable' then commit; set transaction isolation level serializable, read write;
+      elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read, read write;
+      else commit; set transaction isolation level read committed, read write; end if;
+      v_is_held := etl._rehold(lock_key);
+      if v_next.kind::text = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
+      else v_result := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
+      v_is_held := etl._hold(lock_key);
+      if pg_catalog.jsonb_exists(v_result, 'failure') then
+        rollback; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
+        v_delay := etl._record_failure(run_id, v_next.scope_index, pg_catalog.jsonb_object_field(v_result, 'failure'));
+        v_seen := etl._change_baseline();
+        v_result := null;
+        v_next := null;
+        v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
+      else
+        commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
+        v_seen := coalesce(pg_catalog.jsonb_object_field(v_result, 'seen'), v_seen);
+        v_delay := pause_ms;
+      end if;
     end if;
     while v_delay > 0::float8 loop
       v_interruption := null;

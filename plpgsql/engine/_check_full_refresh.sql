@@ -1,6 +1,6 @@
 -- Guardrails of a full refresh. A request for mode full needs everything; a procedure whose own default mode is full
 -- was allowed by whoever configured it, and is only stopped by the freeze.
-create or replace function etl._check_full_refresh(items etl.plan_item[], request jsonb) returns void
+create or replace function etl._check_full_refresh(items etl.plan_item[], request jsonb, requester text) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_full      text[] := (select array_agg(p.name order by p.name) from unnest(items) i join etl.procedures p using (procedure_id)
@@ -23,10 +23,10 @@ begin
         'message', format('full refresh is not allowed for %s', array_to_string(v_forbidden, ', ')),
         'hint', 'select other procedures, or set allow_full_refresh: true for them and run b2s sync-config', 'procedures', to_jsonb(v_forbidden));
     end if;
-    if not pg_has_role(etl._requester(), 'etl_admin', 'usage') then
+    if not pg_has_role(requester, 'etl_admin', 'usage') then
       v_problems := v_problems || jsonb_build_object('code', 'full_refresh.not_admin',
-        'message', format('%s may not start a full refresh', etl._requester()),
-        'hint', format('ask a member of etl_admin, or: grant etl_admin to %I', etl._requester()));
+        'message', format('%s may not start a full refresh', requester),
+        'hint', format('ask a member of etl_admin, or: grant etl_admin to %I', requester));
     end if;
     if request->'confirm_full_refresh' is distinct from 'true' then
       v_problems := v_problems || jsonb_build_object('code', 'full_refresh.unconfirmed',
@@ -43,7 +43,7 @@ begin
                       jsonb_build_object('errors', v_problems));
   end if;
 end $$;
-comment on function etl._check_full_refresh(etl.plan_item[], jsonb) is
+comment on function etl._check_full_refresh(etl.plan_item[], jsonb, text) is
   'Raises PT403 with the code of the first guardrail a full refresh violates and all of them in DETAIL: full_refresh.frozen, '
   'full_refresh.not_allowed, full_refresh.not_admin, full_refresh.unconfirmed, full_refresh.no_reason.';
-revoke all on function etl._check_full_refresh(etl.plan_item[], jsonb) from public;
+revoke all on function etl._check_full_refresh(etl.plan_item[], jsonb, text) from public;

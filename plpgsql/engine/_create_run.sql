@@ -88,21 +88,35 @@ grant execute on function etl._last_success_at(int) to etl_reader;
 
 create or replace function etl._step_settings(procedure etl.procedures, search_path text[]) returns jsonb
 language sql stable
-return nullif(jsonb_strip_nulls(jsonb_build_object('lock_timeout_ms', procedure.lock_timeout_ms, 'search_path', nullif(search_path, '{}'),
+return nullif(jsonb_strip_nulls(jsonb_build_object('timeout_ms', procedure.timeout_ms, 'lock_timeout_ms', procedure.lock_timeout_ms,
+                                                   'time_zone', procedure.watermark_time_zone, 'search_path', nullif(search_path, '{}'),
                                                    'checks', nullif(procedure.checks, '[]'))), '{}');
 comment on function etl._step_settings(etl.procedures, text[]) is 'What the steps of a procedure set for themselves, as it is configured now; null for nothing.';
 revoke all on function etl._step_settings(etl.procedures, text[]) from public;
+
+-- Bodies in the SQL standard's form are stored parsed; prosrc is empty then.
+create or replace function etl._definition(procedure etl.procedures) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return md5(concat_ws(E'\n', procedure.call_sql, procedure.isolation, procedure.checks::text,
+    (select coalesce(p.prosqlbody::text, p.prosrc) from pg_catalog.pg_proc p where p.oid = to_regprocedure(procedure.routine_signature))));
+exception when insufficient_privilege then
+  return null;
+end $$;
+comment on function etl._definition(etl.procedures) is 'Digest of a routine and of how it is called; null when it cannot be looked at.';
+revoke all on function etl._definition(etl.procedures) from public;
+grant execute on function etl._definition(etl.procedures) to etl_reader;
 
 -- Without nested loops: the server takes the items for a handful, whatever their number.
 create or replace function etl._insert_steps(run_id bigint, items etl.plan_item[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_nestloop = off set jit = off as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
-    tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key)
+    tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, definition)
   select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
          i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, r.lock_key,
          etl._step_settings(p, l.search_path),
-         p.watermark_strategy, p.state_key
+         p.watermark_strategy, p.state_key, etl._definition(p)
     from unnest(items) i
     join etl.procedures p using (procedure_id)
     join etl.pipelines l using (pipeline_id)
@@ -175,7 +189,9 @@ end $$;
 comment on function etl._abandon_backfills(int) is 'Marks backfills of a pipeline whose worker died as abandoned.';
 revoke all on function etl._abandon_backfills(int) from public;
 
-create or replace function etl._create_run(request jsonb, pipeline_id int, max_concurrency int, items etl.plan_item[]) returns bigint
+-- Queued: only what was asked for. It is planned again when a worker takes it up.
+create or replace function etl._create_run(request jsonb, pipeline_id int, max_concurrency int, items etl.plan_item[], is_queued boolean default false)
+returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_run_id bigint;
@@ -189,14 +205,16 @@ begin
          request, request->>'idempotency_key', etl._fingerprint(request), etl._requester(), current_setting('application_name'),
          coalesce(request->>'approved_by', case when request->>'mode' = 'full' then etl._requester() end), request->>'reason',
          _create_run.max_concurrency, (select count(*) from unnest(items) i where i.kind = 'steps'),
-         clock_timestamp(), 'running', pg_backend_pid()
+         case when not is_queued then clock_timestamp() end, case when is_queued then 'queued' else 'running' end,
+         case when not is_queued then pg_backend_pid() end
   returning run_id into v_run_id;
+  if is_queued then return v_run_id; end if;
   perform etl._insert_scopes(v_run_id, items);
   perform etl._insert_steps(v_run_id, items);
   return v_run_id;
 end $$;
-comment on function etl._create_run(jsonb, int, int, etl.plan_item[]) is 'Stores a planned request as a run that this session executes.';
-revoke all on function etl._create_run(jsonb, int, int, etl.plan_item[]) from public;
+comment on function etl._create_run(jsonb, int, int, etl.plan_item[], boolean) is 'Stores a planned request as a run that this session executes, or that waits for a session.';
+revoke all on function etl._create_run(jsonb, int, int, etl.plan_item[], boolean) from public;
 
 create or replace function etl._fingerprint(request jsonb) returns text
 language sql immutable set search_path = pg_catalog, pg_temp as $$

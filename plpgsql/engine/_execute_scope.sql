@@ -53,6 +53,7 @@ revoke all on function etl._record_success(etl.procedure_runs, timestamptz, bigi
 create or replace function etl._apply_settings(settings jsonb) returns void
 language plpgsql volatile as $$
 begin
+  if settings ? 'time_zone' then perform pg_catalog.set_config('timezone', settings->>'time_zone', true); end if;
   if settings ? 'lock_timeout_ms' then perform pg_catalog.set_config('lock_timeout', settings->>'lock_timeout_ms', true); end if;
   if settings ? 'search_path' then
     perform pg_catalog.set_config('search_path', (
@@ -61,7 +62,7 @@ begin
   end if;
 end $$;
 comment on function etl._apply_settings(jsonb) is
-  'Sets lock_timeout and search_path for a step. Pins no search_path itself, or what it sets would end with it.';
+  'Sets timezone, lock_timeout and search_path for a step. Pins no search_path itself, or what it sets would end with it.';
 revoke all on function etl._apply_settings(jsonb) from public;
 
 -- A routine that says create temp table if not exists would otherwise use one that the caller has made, with triggers
@@ -88,6 +89,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
   v_timeout    text := current_setting('lock_timeout');
+  v_time_zone  text := current_setting('timezone');
   v_result     record;
   v_rows       bigint;
   v_unmet      jsonb;
@@ -107,7 +109,7 @@ begin
     execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
   end if;
   if step.settings is not null then
-    perform set_config('search_path', 'pg_catalog, pg_temp', true), set_config('lock_timeout', v_timeout, true);
+    perform set_config('search_path', 'pg_catalog, pg_temp', true), set_config('lock_timeout', v_timeout, true), set_config('timezone', v_time_zone, true);
   end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
@@ -124,6 +126,23 @@ end $$;
 comment on function etl._execute_step(etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
 revoke all on function etl._execute_step(etl.procedure_runs, jsonb) from public;
 
+-- A deadlock names the processes. A lock timeout names nobody: whoever holds a lock for writing, and had it before the step
+-- began, may have been in the way.
+create or replace function etl._lock_holders(detail text, since timestamptz) returns jsonb
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select jsonb_agg(jsonb_build_object('pid', q.pid, 'user', q.usename, 'application', q.application_name, 'since', q.xact_start) order by q.xact_start)
+    from (select distinct a.pid, a.usename, a.application_name, a.xact_start
+            from pg_catalog.pg_stat_activity a
+           where a.pid <> pg_backend_pid() and a.datname = current_database()
+             and case when detail ~ 'Process [0-9]+' then a.pid in (select m[1]::int from regexp_matches(detail, 'rocess ([0-9]+)', 'g') m)
+                      else coalesce(a.xact_start < since + interval '1 minute', true) and exists (
+                             select from pg_catalog.pg_locks l where l.pid = a.pid and l.granted and l.locktype = 'relation' and l.relation >= 16384
+                                and l.mode in ('RowExclusiveLock', 'ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')) end
+           order by a.xact_start limit 5) q
+$$;
+comment on function etl._lock_holders(text, timestamptz) is 'Sessions that a step may have waited for: those a deadlock names, else up to five that hold locks for writing.';
+revoke all on function etl._lock_holders(text, timestamptz) from public;
+
 -- seen: table counters before this scope. Returns {events, seen}, with goes_on when another slice follows, or {failure}.
 create or replace function etl._execute_scope(run_id bigint, first_order_index int, last_order_index int, seen jsonb) returns jsonb
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
@@ -135,7 +154,7 @@ declare
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
   -- They are claimed by a backend of this number; that it is this very session, the run lock tells.
-  if v_steps = '{}' or not pg_try_advisory_xact_lock(6435443, v_steps[1].lock_key) then perform etl._fail_not_owned(run_id); end if;
+  if v_steps = '{}' or not pg_try_advisory_xact_lock_shared(6435443, v_steps[1].lock_key) then perform etl._fail_not_owned(run_id); end if;
   if cardinality(v_steps) > 1 then seen := seen || jsonb_build_object('start', seen->'tables'); end if;
   begin
     if pg_my_temp_schema() <> 0 then perform etl._check_temporary_objects(); end if;
@@ -152,7 +171,8 @@ begin
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,
       v_hint = pg_exception_hint, v_context = pg_exception_context;
     if v_sqlstate = '57014' then perform etl._absorb_signal(); end if;
-    return jsonb_build_object('failure', etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, v_step.order_index));
+    return jsonb_build_object('failure', etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, v_step.order_index)
+      || case when v_sqlstate in ('40P01', '55P03') then jsonb_build_object('blocked_by', etl._lock_holders(v_detail, v_steps[1].started_at)) else '{}' end);
   end;
 end $$;
 comment on function etl._execute_scope(bigint, int, int, jsonb) is

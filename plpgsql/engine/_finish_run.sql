@@ -21,7 +21,7 @@ begin
       or exists (select from etl.mv_refreshes m where m.run_id = run.run_id and 'cancelled' in (m.status, m.skip_reason)) then 'cancelled'
     when v_steps.failed > 0 then 'failed'
     when v_steps.warned > 0
-      or exists (select from etl.mv_refreshes m where m.run_id = run.run_id and (m.status in ('failed', 'skipped') or m.warning is not null))
+      or exists (select from etl.mv_refreshes m where m.run_id = run.run_id and (m.status = 'failed' or m.status = 'skipped' and m.skip_reason <> 'reused' or m.warning is not null))
       then 'completed_with_warnings'
     else 'succeeded' end;
   update etl.runs r

@@ -66,24 +66,44 @@ revoke all on function etl._describe_holder(int) from public;
 
 -- The oldest transaction of this database that was open at one moment, and the sessions that are inside one and do not show
 -- since when: of a role whose statistics we may not see, or with track_activities off. Between two transactions of one
--- message a session shows none, but the next one gets the time of the message.
+-- message a session shows none, but the next one gets the time of the message. Whoever waits for its client, outside a
+-- transaction, has no message. A walsender streams in one message without end, and writes nothing meanwhile.
+--
+-- The statistics functions by backend read a picture of all sessions at once, and of each only what is asked for: of the
+-- thousand that are idle one function or two, of the few that are left everything.
 create or replace function etl._oldest_transaction(out started_at timestamptz, out pid int, out hidden int[])
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_database oid := (select d.oid from pg_catalog.pg_database d where d.datname = current_database());
+  v_shown    int[];
+  v_doubtful int[];
+  v_inside   int[];
+  v_close    record;
 begin
   perform pg_stat_clear_snapshot();
-  select min(q.started_at), (array_agg(q.pid order by q.started_at))[1], array_agg(q.pid) filter (where q.is_hidden)
-    into started_at, pid, hidden
-    from (select a.pid, a.xact_start is null as is_hidden,
+  select min(q.xact_start) filter (where q.is_writer), (array_agg(q.pid order by q.xact_start) filter (where q.is_writer))[1],
+         coalesce(array_agg(q.pid) filter (where q.xact_start is not null), '{}'), array_agg(q.pid) filter (where q.xact_start is null and q.is_writer)
+    into started_at, pid, v_shown, v_doubtful
+    from (select s.xact_start, pg_stat_get_backend_pid(s.id) as pid,
+                 pg_stat_get_backend_dbid(s.id) = v_database and pg_stat_get_backend_userid(s.id) <> 0
+                 and pg_stat_get_backend_pid(s.id) <> pg_backend_pid() as is_writer
+            from (select i.id, pg_stat_get_backend_xact_start(i.id) as xact_start from pg_stat_get_backend_idset() i(id) offset 0) s
+           where case when s.xact_start is null then pg_stat_get_backend_wait_event(s.id) is distinct from 'ClientRead' else true end) q;
+  v_inside := array(select l.pid from pg_catalog.pg_locks l
+                     where l.locktype = 'virtualxid' and l.mode = 'ExclusiveLock' and l.granted and l.pid <> all (v_shown) and l.pid <> pg_backend_pid());
+  v_doubtful := v_doubtful || v_inside;
+  if v_doubtful is null or v_doubtful = '{}' then return; end if;
+  perform pg_stat_clear_snapshot();
+  select min(q.started_at) as started_at, (array_agg(q.pid order by q.started_at))[1] as pid,
+         array_agg(q.pid) filter (where q.xact_start is null and q.pid = any (v_inside)) as hidden
+    into v_close
+    from (select distinct a.pid, a.xact_start,
                  coalesce(a.xact_start, case when a.state in ('active', 'fastpath function call') then a.query_start end) as started_at
-            from pg_catalog.pg_stat_get_activity(null) a
-           where a.datid = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
-             and a.pid <> pg_backend_pid() and a.usesysid is not null
-             and a.backend_type is distinct from 'autovacuum worker'
-             and (a.xact_start is not null or a.state is distinct from 'idle')) q;
-  if hidden is not null then
-    hidden := (select array_agg(l.pid) from pg_catalog.pg_locks l
-                where l.locktype = 'virtualxid' and l.mode = 'ExclusiveLock' and l.granted and l.pid = any (hidden));
-  end if;
+            from unnest(v_doubtful) d(pid) cross join lateral pg_stat_get_activity(d.pid) a
+           where a.datid = v_database and a.usesysid is not null
+             and (a.backend_type is distinct from 'walsender' or a.query !~* '^\s*start_replication')) q;
+  if started_at is null or v_close.started_at < started_at then started_at := v_close.started_at; pid := v_close.pid; end if;
+  hidden := v_close.hidden;
 end $$;
 comment on function etl._oldest_transaction() is
   'The start of the oldest open transaction of this database and its backend; and the backends whose start is hidden, or null.';
@@ -148,11 +168,15 @@ language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return query
     select distinct q.seqrelid, q.seqcache, q.seqincrement
-      from pg_catalog.pg_attribute a
-      join pg_catalog.pg_depend d on d.refclassid = 'pg_class'::regclass and d.refobjid = a.attrelid and d.refobjsubid = a.attnum
-      left join pg_catalog.pg_depend e on d.classid = 'pg_attrdef'::regclass and e.classid = d.classid and e.objid = d.objid and e.refclassid = 'pg_class'::regclass
-      join pg_catalog.pg_sequence q on q.seqrelid in (d.objid, e.refobjid)
-     where a.attrelid = any (tables) and (a.attname = column_name or column_name is null);
+      from unnest(tables) t(oid)
+      join pg_catalog.pg_attribute a on a.attrelid = t.oid and a.attnum > 0 and (a.attname = column_name or column_name is null)
+      cross join lateral (
+        select d.objid as seqrelid from pg_catalog.pg_depend d
+         where d.refclassid = 'pg_class'::regclass and d.refobjid = a.attrelid and d.refobjsubid = a.attnum and d.classid = 'pg_class'::regclass
+        union all
+        select d.refobjid from pg_catalog.pg_attrdef f join pg_catalog.pg_depend d on d.classid = 'pg_attrdef'::regclass and d.objid = f.oid
+         where f.adrelid = a.attrelid and f.adnum = a.attnum and d.refclassid = 'pg_class'::regclass) r
+      join pg_catalog.pg_sequence q on q.seqrelid = r.seqrelid;
 end $$;
 comment on function etl._feeding_sequences(oid[], text) is
   'The sequences that make the values of a column, or of any: those it owns, and those its default names.';
@@ -226,12 +250,13 @@ declare
   v_old       jsonb := fence;
   v_new       jsonb;
 begin
-  v_new := jsonb_build_object('bound', v_newest, 'stage', 1, 'writers', (select coalesce(jsonb_agg(w.vxid), '[]') from etl._writers(v_relations) w));
-  loop
+  v_new := (select jsonb_build_object('bound', v_newest, 'stage', case when count(*) = 0 then 3 else 1 end, 'writers', coalesce(jsonb_agg(w.vxid), '[]'))
+              from etl._writers(v_relations) w);
+  while v_new->>'stage' <> '3' loop
     v_old := etl._settle(v_old, v_relations);
     v_new := etl._settle(v_new, v_relations);
-    exit when v_new->>'stage' = '3' or clock_timestamp() > v_deadline;
-    perform pg_sleep(0.01);
+    exit when clock_timestamp() > v_deadline;
+    if v_new->>'stage' <> '3' then perform pg_sleep(0.01); end if;
   end loop;
   bound := case when v_new->>'stage' = '3' then v_newest when v_old->>'stage' = '3' then (v_old->>'bound')::bigint end;
   fence := case when v_new->>'stage' = '3' then null when v_old->>'stage' in ('1', '2') then v_old else v_new end;

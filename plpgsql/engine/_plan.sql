@@ -79,7 +79,7 @@ comment on function etl._shared_watermark_problems(int[], text) is 'Problems of 
 revoke all on function etl._shared_watermark_problems(int[], text) from public;
 
 -- Everything a request leads to. Raises PT404 for unknown names, PT422 for invalid values, PT403 for guardrails, PT400 for cycles.
-create or replace function etl._plan(request jsonb, out pipeline_id int, out max_concurrency int, out items etl.plan_item[])
+create or replace function etl._plan(request jsonb, requester text default null, out pipeline_id int, out max_concurrency int, out items etl.plan_item[])
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_pipeline  etl.pipelines := etl._pipeline(request->>'pipeline');
@@ -104,11 +104,11 @@ begin
       'what there is: select * from etl.list_procedures()', jsonb_build_object('errors', v_problems));
   end if;
   items := etl._plan_steps(v_selection.selected, request, v_params.parameters);
-  perform etl._check_full_refresh(items, request);
+  perform etl._check_full_refresh(items, request, coalesce(requester, etl._requester()));
   items := etl._place_refreshes(v_pipeline.pipeline_id, items, request->'mv_refresh');
   pipeline_id := v_pipeline.pipeline_id;
   max_concurrency := coalesce((request->>'max_concurrency')::int, v_pipeline.max_concurrency);
 end $$;
-comment on function etl._plan(jsonb) is
+comment on function etl._plan(jsonb, text) is
   'The plan of a request: steps, barriers and refreshes, numbered in topological order. Writes nothing.';
-revoke all on function etl._plan(jsonb) from public;
+revoke all on function etl._plan(jsonb, text) from public;

@@ -15,23 +15,23 @@ $$;
 comment on function etl._requiring_scopes(bigint, int) is 'The pending scopes that need one to succeed, transitively, or null.';
 revoke all on function etl._requiring_scopes(bigint, int) from public;
 
--- The new attempt has the same window, parameters and statement.
-create or replace function etl._prepare_attempt(scope etl.run_scopes) returns void
+-- The new attempt has the same window, parameters and statement. No session takes it up before the delay has passed.
+create or replace function etl._prepare_attempt(scope etl.run_scopes, delay_ms float8) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, window_since,
-    window_until, window_goal, slice_index)
+    window_until, window_goal, slice_index, definition)
   select p.run_id, p.order_index, p.attempt + 1, p.scope_index, p.procedure_id, p.procedure_name, p.procedure_type, p.group_name, p.mode,
          p.tx_scope, p.isolation, p.parameters, p.dependencies, p.statement, p.rows_column, p.lock_key, p.settings, p.watermark_strategy, p.state_key,
-         p.window_since, p.window_until, p.window_goal, p.slice_index
+         p.window_since, p.window_until, p.window_goal, p.slice_index, p.definition
     from etl.procedure_runs p
    where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt;
-  update etl.run_scopes s set attempt = s.attempt + 1
+  update etl.run_scopes s set attempt = s.attempt + 1, ready_at = clock_timestamp() + delay_ms * interval '1 ms'
    where s.run_id = scope.run_id and s.scope_index = scope.scope_index;
 end $$;
-comment on function etl._prepare_attempt(etl.run_scopes) is 'Plans the next attempt of a whole scope.';
-revoke all on function etl._prepare_attempt(etl.run_scopes) from public;
+comment on function etl._prepare_attempt(etl.run_scopes, float8) is 'Plans the next attempt of a whole scope.';
+revoke all on function etl._prepare_attempt(etl.run_scopes, float8) from public;
 
 create or replace function etl._record_step_failure(scope etl.run_scopes, failure jsonb, failed_status text) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -52,7 +52,8 @@ begin
                                 else format('rolled back with its group: step %s failed', v_failed) end,
            error_detail = case when p.order_index = v_failed then failure->>'detail' end,
            error_hint = case when p.order_index = v_failed then failure->>'hint' end,
-           error_context = case when p.order_index = v_failed then failure->>'context' end
+           error_context = case when p.order_index = v_failed then failure->>'context' end,
+           blocked_by = case when p.order_index = v_failed then failure->'blocked_by' end
      where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index
        and p.attempt = scope.attempt
     returning p.*
@@ -101,23 +102,45 @@ create or replace function etl._note_interruption(run_id bigint, reason text) re
 language sql volatile set search_path = pg_catalog, pg_temp as $$
   update etl.runs r
      set cancel_requested_at = clock_timestamp(), cancel_requested_by = etl._requester(), cancel_reason = _note_interruption.reason
-   where r.run_id = _note_interruption.run_id and r.cancel_requested_at is null
+   where r.run_id = _note_interruption.run_id and r.cancel_requested_at is null and r.ended_at is null
 $$;
 comment on function etl._note_interruption(bigint, text) is 'Records that a run is to stop because its session was interrupted.';
 revoke all on function etl._note_interruption(bigint, text) from public;
 
+-- A statement that etl.watchdog cancelled: that is the step's own failure, and nobody asked the run to stop.
+create or replace function etl._timed_out(scope etl.run_scopes, failure jsonb) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_timeout_ms bigint;
+begin
+  if failure->>'class' <> 'cancelled' or scope.kind <> 'steps' then return failure; end if;
+  select sum((p.settings->>'timeout_ms')::bigint) into v_timeout_ms
+    from etl.procedure_runs p
+   where p.run_id = scope.run_id and p.order_index between scope.first_order_index and scope.last_order_index and p.attempt = scope.attempt
+     and p.timed_out_at is not null;
+  if v_timeout_ms is null then return failure; end if;
+  return failure || jsonb_build_object('class', 'timeout', 'code', 'step.timeout', 'message', format('the timeout of %s ms has passed', v_timeout_ms),
+    'hint', 'find out what it waited for (etl.step_history, pg_stat_activity), raise timeout, or read less at a time (max_window); then start the run again');
+end $$;
+comment on function etl._timed_out(etl.run_scopes, jsonb) is 'A failure as it is, or as a timeout when the watchdog had cancelled the step.';
+revoke all on function etl._timed_out(etl.run_scopes, jsonb) from public;
+
 -- Returns the milliseconds to wait before the scope is claimed again, or null: the run goes on with what is left.
 create or replace function etl._record_failure(run_id bigint, scope_index int, failure jsonb) returns float8
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set plan_cache_mode = force_generic_plan set jit = off as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
   v_run   etl.runs := etl._check_owner(run_id);
   v_scope etl.run_scopes;
   v_delay float8;
   v_stops boolean;
   v_is_halved boolean;
+  v_waiting   int[];
+  v_locked    int[];
+  v_skipped   int[];
 begin
   select * into strict v_scope from etl.run_scopes s
    where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
+  failure := etl._timed_out(v_scope, failure);
   if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then perform etl._note_interruption(run_id, failure->>'message'); end if;
   if v_scope.kind = 'refresh' then
     perform etl._record_refresh_failure(v_scope, failure);
@@ -130,17 +153,25 @@ begin
       case when v_delay is not null or v_is_halved then 'retrying' when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end);
     if v_is_halved then return 0; end if;
     if v_delay is not null then
-      perform etl._prepare_attempt(v_scope);
+      perform etl._prepare_attempt(v_scope, v_delay);
       return v_delay;
     end if;
   end if;
-  perform etl._release(run_id, scope_index);
-  perform etl._skip_scopes(run_id, etl._requiring_scopes(run_id, scope_index),
-                           case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   select bool_or(p.on_failure = 'stop') into v_stops
     from etl.procedure_runs s join etl.procedures p using (procedure_id)
    where s.run_id = _record_failure.run_id and s.order_index between v_scope.first_order_index and v_scope.last_order_index;
-  if v_stops then perform etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
+  -- Sessions whose steps fail at the same time do this one after the other, and lock all the scopes it is about in one go, in order.
+  perform from etl.runs r where r.run_id = _record_failure.run_id for update;
+  v_waiting := etl._requiring_scopes(run_id, scope_index);
+  v_locked := scope_index || coalesce(v_waiting, '{}') || case when v_stops then etl._pending_scopes(run_id) else '{}' end;
+  perform from etl.run_scopes s
+    where s.run_id = _record_failure.run_id
+      and s.scope_index = any (v_locked || array(select unnest(e.required_by || e.precedes) from etl.run_scopes e
+                                                  where e.run_id = _record_failure.run_id and e.scope_index = any (v_locked)))
+    order by s.scope_index for update;
+  v_skipped := etl._skip_scopes(run_id, v_waiting, case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
+  if v_stops then v_skipped := v_skipped || etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
+  perform etl._release(run_id, scope_index || v_skipped);
   return null;
 end $$;
 comment on function etl._record_failure(bigint, int, jsonb) is

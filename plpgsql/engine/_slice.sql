@@ -6,14 +6,17 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqsc
 declare
   v_type  text := case procedure.watermark_strategy when 'timestamp' then 'timestamptz' when 'id' then 'bigint' else 'xid8' end;
   v_from  text := case when procedure.watermark_strategy = 'xid' then pg_snapshot_xmax(since::pg_snapshot)::text else since end;
+  v_zone  text := current_setting('timezone');
   v_value text;
 begin
+  perform set_config('timezone', coalesce(procedure.watermark_time_zone, v_zone), true);
   execute (
     select format('select to_jsonb(q.value) #>> ''{}'' from (%s) q order by q.value limit 1', string_agg(format(
              '(select %1$I::%4$s as value from %2$I.%3$I where %1$I is not null' || case when v_from is not null then ' and %1$I >= $1::%4$s' else '' end
              || case when procedure.watermark_strategy = 'timestamp' then ' and %1$I > ''-infinity''' else '' end
              || ' order by %1$I limit 1)', i[3], i[1], i[2], v_type), ' union all '))
       from (select parse_ident(s) from unnest(procedure.watermark_sources) s) x(i)) into v_value using v_from;
+  perform set_config('timezone', v_zone, true);
   return v_value;
 end $$;
 comment on function etl._next_value(etl.procedures, text) is 'The first value of the sources that a window beginning at since holds; null when there is none.';
@@ -51,10 +54,11 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, window_since,
-    window_goal, slice_index)
+    window_goal, slice_index, definition)
   values (step.run_id, step.order_index, step.attempt + 1, step.scope_index, step.procedure_id, step.procedure_name, step.procedure_type,
     step.group_name, step.mode, step.tx_scope, step.isolation, step.parameters, step.dependencies, step.statement, step.rows_column,
-    step.lock_key, step.settings, step.watermark_strategy, step.state_key, since, coalesce(step.window_goal, step.window_until), _add_slice.slice_index);
+    step.lock_key, step.settings, step.watermark_strategy, step.state_key, since, coalesce(step.window_goal, step.window_until), _add_slice.slice_index,
+    step.definition);
   update etl.run_scopes s set attempt = step.attempt + 1 where s.run_id = step.run_id and s.scope_index = step.scope_index;
 end $$;
 comment on function etl._add_slice(etl.procedure_runs, text, int) is 'Plans the next slice of a step; where it ends is settled when it is claimed.';

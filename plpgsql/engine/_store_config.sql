@@ -30,6 +30,18 @@ end $$;
 comment on function etl._store_pipeline(jsonb) is 'Stores a pipeline with its groups, schedules, tags and refresh targets.';
 revoke all on function etl._store_pipeline(jsonb) from public;
 
+-- Such values mean a time only in a zone: without one of its own, a step would read other rows in a session of another zone.
+create or replace function etl._is_without_time_zone(watermark jsonb) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select watermark->>'strategy' = 'timestamp' and not etl._is_query(etl._text_array(watermark->'source')) and exists (
+    select from jsonb_array_elements_text(watermark->'source') s
+      cross join lateral parse_ident(s) i(parts)
+      join pg_catalog.pg_attribute a on a.attrelid = etl._relation(format('%I.%I', i.parts[1], i.parts[2])) and a.attname = i.parts[3]
+     where a.atttypid = 'timestamp'::regtype)
+$$;
+comment on function etl._is_without_time_zone(jsonb) is 'Whether a source of a watermark is a column of type timestamp without time zone.';
+revoke all on function etl._is_without_time_zone(jsonb) from public;
+
 create or replace function etl._store_procedure(pipeline_id int, p jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -37,12 +49,13 @@ declare
   v_watermark jsonb := case when jsonb_typeof(p->'watermark') = 'object' then p->'watermark' else '{}' end;
 begin
   insert into etl.procedures (pipeline_id, name, type, description, routine, routine_signature, call_sql, rows_column, default_mode,
-    allow_full_refresh, allow_fact_dependency, transaction_scope, isolation, args, watermark_strategy, watermark_sources, state_key, delay_ms, on_empty,
+    allow_full_refresh, allow_fact_dependency, transaction_scope, isolation, args, watermark_strategy, watermark_sources, state_key, delay_ms, on_empty, watermark_time_zone,
     max_attempts, backoff_ms, max_backoff_ms, timeout_ms, lock_timeout_ms, on_failure, max_window, checks, is_active)
   values (_store_procedure.pipeline_id, p->>'name', p->>'type', p->>'description', p->>'routine', v_call.routine_signature, v_call.call_sql,
     v_call.rows_column, p->>'default_mode', (p->>'allow_full_refresh')::boolean, (p->>'allow_fact_dependency')::boolean,
     p->>'transaction_scope', p->>'isolation', p->'args', v_watermark->>'strategy', etl._text_array(v_watermark->'source'), v_watermark->>'state_key',
-    coalesce((v_watermark->>'delay_ms')::int, 0), coalesce(v_watermark->>'on_empty', 'run'), (p#>>'{retries,attempts}')::int, (p#>>'{retries,backoff_ms}')::int,
+    coalesce((v_watermark->>'delay_ms')::int, 0), coalesce(v_watermark->>'on_empty', 'run'),
+    case when etl._is_without_time_zone(v_watermark) then current_setting('timezone') end, (p#>>'{retries,attempts}')::int, (p#>>'{retries,backoff_ms}')::int,
     (p#>>'{retries,max_backoff_ms}')::int, (p->>'timeout_ms')::int, (p->>'lock_timeout_ms')::int, p->>'on_failure',
     nullif(p->'max_window', 'null'),
     (select coalesce(jsonb_agg(c || jsonb_build_object('sql', (etl._compile_check(c)).sql) order by n), '[]')
@@ -53,7 +66,8 @@ begin
     allow_full_refresh = excluded.allow_full_refresh, allow_fact_dependency = excluded.allow_fact_dependency,
     transaction_scope = excluded.transaction_scope, isolation = excluded.isolation, args = excluded.args,
     watermark_strategy = excluded.watermark_strategy, watermark_sources = excluded.watermark_sources, state_key = excluded.state_key,
-    delay_ms = excluded.delay_ms, on_empty = excluded.on_empty, max_attempts = excluded.max_attempts, backoff_ms = excluded.backoff_ms,
+    delay_ms = excluded.delay_ms, on_empty = excluded.on_empty,
+    watermark_time_zone = case when excluded.watermark_time_zone is not null then coalesce(procedures.watermark_time_zone, excluded.watermark_time_zone) end, max_attempts = excluded.max_attempts, backoff_ms = excluded.backoff_ms,
     max_backoff_ms = excluded.max_backoff_ms, timeout_ms = excluded.timeout_ms, lock_timeout_ms = excluded.lock_timeout_ms,
     on_failure = excluded.on_failure, max_window = excluded.max_window, checks = excluded.checks, is_active = true;
 end $$;

@@ -90,15 +90,18 @@ create or replace function etl._has_rows(procedure etl.procedures, since text, u
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = on set enable_bitmapscan = on set enable_sort = on as $$
 declare
   v_type   text := case procedure.watermark_strategy when 'timestamp' then 'timestamptz' when 'id' then 'bigint' else 'pg_snapshot' end;
+  v_zone   text := current_setting('timezone');
   v_exists boolean;
 begin
   if etl._is_query(procedure.watermark_sources) then return since is distinct from until; end if;
+  perform set_config('timezone', coalesce(procedure.watermark_time_zone, v_zone), true);
   execute (
     select 'select ' || string_agg(format(
              case when procedure.watermark_strategy = 'xid' then 'exists (select from %2$I.%3$I where etl.arrived(%1$I, $1::pg_snapshot, $2::pg_snapshot))'
                   when since is null then 'exists (select from %2$I.%3$I where %1$I < $2::%4$s)'
                   else 'exists (select from %2$I.%3$I where %1$I >= $1::%4$s and %1$I < $2::%4$s)' end, i[3], i[1], i[2], v_type), ' or ')
       from (select parse_ident(s) from unnest(procedure.watermark_sources) s) x(i)) into v_exists using since, until;
+  perform set_config('timezone', v_zone, true);
   return v_exists;
 end $$;
 comment on function etl._has_rows(etl.procedures, text, text) is 'Whether a window holds any row of the sources.';

@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from b2s.db import connect
-from b2s.runner import Runner, _Ended
+from b2s.runner import Runner
 
 _CASTS: Final = {
     "procedures": "text[]", "from_": "text", "until": "text", "chunk": "text", "params": "jsonb",
@@ -27,14 +26,6 @@ def arguments_of(request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 class BackfillRunner(Runner):
     """One CALL of etl.backfill, watched."""
 
-    def _call(self) -> None:
-        try:
-            named, values = arguments_of(self._request)
-            with connect(self._dsn) as connection:
-                connection.execute("set b2s.progress = 'json'")
-                connection.add_notice_handler(self._on_notice)
-                self._connection = connection
-                row = connection.execute(f"call etl.backfill({named})".encode(), values).fetchone()
-                self._inbox.put(_Ended(row and (row[0], row[1])))
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
-            self._inbox.put(_Ended(None, error))
+    def _statement(self) -> tuple[str, dict[str, Any]]:
+        named, values = arguments_of(self._request)
+        return f"call etl.backfill({named})", values

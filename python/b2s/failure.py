@@ -18,7 +18,11 @@ from b2s.render import Style, visible, visible_lines
 _COMMANDS: Final = {
     "run.unknown": "b2s runs lists the runs there are",
     "run.ended": "b2s show explains how it ended",
-    "run.dead": "nothing is left to cancel: the next b2s run records it as abandoned",
+    "run.dead": "nothing is left to cancel: b2s resume takes it up, b2s reap records it as abandoned",
+    "run.nothing_left": "b2s run starts another one",
+    "run.definition_changed": "add --changed reuse to keep what was written, or --changed rerun to redo it",
+    "run.not_resumable": "b2s backfill --resume RUN takes up what is left of a backfill",
+    "run.queued": "b2s worker --once takes it up",
     "procedure.unknown": "b2s status lists the procedures there are",
     "full_refresh.unconfirmed": "add --confirm-full-refresh",
     "full_refresh.no_reason": "add --reason '...'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 from b2s.render import Column, Style, duration, moment, plural, table, visible, visible_lines
@@ -12,6 +13,7 @@ Document = Mapping[str, Any]
 
 _UNNAMED: Final = "bronze_to_silver"  # the pipeline of a request that names none
 SUCCESSES: Final = ("succeeded", "completed_with_warnings")
+_DONE: Final = ("succeeded", "no_data", "reused")
 _SKIPPED: Final = {
     "upstream_failed": "something it needs failed",
     "cancelled": "the run was cancelled",
@@ -150,9 +152,11 @@ def failed_causes(step: Document, steps: Sequence[Document]) -> list[str]:
 
 
 def failure_lines(run: Document, style: Style, *, is_full: bool = False) -> Iterator[str]:
-    """Each failure with its remedy; `is_full` adds detail, context and the statement."""
+    """Each failure with its remedy; `is_full` adds everything that is known about it."""
     steps = last_attempts(run)
     for step in steps:
+        if step["status"] == "abandoned" and step["started_at"] and is_full:
+            yield from _lost(step, style)
         if step["status"] not in ("failed", "cancelled") or not step["error_message"]:
             continue
         yield ""
@@ -162,8 +166,12 @@ def failure_lines(run: Document, style: Style, *, is_full: bool = False) -> Iter
         yield from (f"  {line}" for line in more)
         if is_full:
             yield from _details(step)
+            yield from _attempts(run, step)
+        yield from _blockers(step)
         if step["error_hint"]:
             yield f"  {style.paint('hint:', 'cyan')} {visible(step['error_hint'])}"
+        if is_full:
+            yield f"  rolled back: {_rolled_back(step, steps)}"
         skipped = [
             one["procedure"]
             for one in steps
@@ -180,18 +188,95 @@ def failure_lines(run: Document, style: Style, *, is_full: bool = False) -> Iter
                 yield f"  {style.paint('hint:', 'cyan')} {visible(refresh['error_hint'])}"
 
 
+def _lost(step: Document, style: Style) -> Iterator[str]:
+    yield ""
+    where = f"[{step['order_index']}] {step['procedure']}"
+    backend = f" (backend {step['worker_pid']})" if step.get("worker_pid") else ""
+    yield f"{style.paint('abandoned:', 'red')} {style.paint(where, 'bold')}: its session{backend} is gone"
+    yield f"  it had begun at {moment(step['started_at'])}; nothing of it was kept"
+
+
+def _rolled_back(step: Document, steps: Sequence[Document]) -> str:
+    if step["tx_scope"] != "per_group":
+        return "this step alone"
+    members = [
+        one["procedure"]
+        for one in steps
+        if one["group_name"] == step["group_name"] and one["tx_scope"] == "per_group" and one["started_at"]
+    ]
+    return f"the whole group {step['group_name']}: {', '.join(members)}"
+
+
 def _details(step: Document) -> Iterator[str]:
     kind = f"{step['error_class']}, SQLSTATE {step['sqlstate']}"
     yield f"  code: {step['error_code']} ({kind}), attempt {step['attempt']}"
-    for title, text in (
-        ("detail", _plain_detail(step["error_detail"])),
-        ("context", step["error_context"]),
-        ("statement", step["statement"]),
-    ):
-        lines = visible_lines(text or "")
-        if lines:
-            yield f"  {title}: {lines[0]}"
-            yield from (f"    {line}" for line in lines[1:])
+    if step.get("timed_out_at"):
+        yield f"  cancelled by the watchdog at {moment(step['timed_out_at'])}"
+    yield from _titled("detail", _plain_detail(step["error_detail"]))
+    for place in step.get("places") or []:
+        yield from _place(place, is_changed=bool(step.get("is_changed")))
+    yield from _titled("context", step["error_context"])
+    yield from _titled("statement", step["statement"])
+
+
+def _titled(title: str, text: str | None) -> Iterator[str]:
+    lines = visible_lines(text or "")
+    if lines:
+        yield f"  {title}: {lines[0]}"
+        yield from (f"    {line}" for line in lines[1:])
+
+
+def _place(place: Document, *, is_changed: bool) -> Iterator[str]:
+    """The lines of a routine around the one that failed, as they are now."""
+    caution = "; it has changed since this run" if is_changed else ""
+    if str(place["line"]) not in place["source"]:
+        yield f"  at: {visible(place['routine'])} line {place['line']}, which is not there any more{caution}"
+        return
+    yield f"  at: {visible(place['routine'])} line {place['line']}, as it is now{caution}"
+    width = max(len(number) for number in place["source"])
+    for number, text in place["source"].items():
+        mark = ">" if number == str(place["line"]) else " "
+        yield f"    {mark} {number.rjust(width)} | {visible(text.expandtabs(4))}".rstrip()
+
+
+def _attempts(run: Document, step: Document) -> Iterator[str]:
+    """The attempts before the last one: when, why they failed, and the wait until the next."""
+    attempts = [
+        one
+        for one in run["steps"]
+        if one["order_index"] == step["order_index"] and one["slice_index"] == step["slice_index"]
+    ]
+    if len(attempts) < 2:
+        return
+    yield "  attempts:"
+    for one, following in zip(attempts, [*attempts[1:], None], strict=True):
+        error = f"{one['error_code']}, {visible(one['error_message'] or '')}"
+        waited = ""
+        if following is not None and following["started_at"] and one["ended_at"]:
+            waited = (
+                f"; tried again after {duration(_milliseconds(one['ended_at'], following['started_at']))}"
+            )
+        took = duration(one["duration_ms"])
+        yield f"    {one['attempt']}  {moment(one['started_at'])}  {took}  {error}{waited}"
+
+
+def _milliseconds(since: str, until: str) -> float:
+    between = datetime.fromisoformat(until) - datetime.fromisoformat(since)
+    return max(0.0, between.total_seconds() * 1000)
+
+
+def _blockers(step: Document) -> Iterator[str]:
+    what = "deadlock with" if step["sqlstate"] == "40P01" else "may have waited for"
+    for one in step.get("blocked_by") or []:
+        yield f"  {what}: {_blocker(one)}"
+        if one.get("query"):
+            yield f"    {visible(one['query'])}"
+
+
+def _blocker(one: Document) -> str:
+    who = ", ".join(visible(str(one[key])) for key in ("user", "application") if one.get(key))
+    since = f", in a transaction since {moment(one['since'])}" if one.get("since") else ""
+    return f"backend {one['pid']}{f' ({who})' if who else ''}{since}"
 
 
 def _plain_detail(detail: str | None) -> str | None:
@@ -223,7 +308,10 @@ def header_lines(run: Document, style: Style) -> Iterator[str]:
     yield f"{title} of pipeline {run['pipeline']}: {style.status(run['status'])}"
     ended = f", ended {moment(run['ended_at'])}" if run["ended_at"] else ""
     took = f" ({duration(run['duration_ms'])})" if run["duration_ms"] is not None else ""
-    yield f"  requested by {run['requested_by']}, started {moment(run['started_at'])}{ended}{took}"
+    begun = f"started {moment(run['started_at'])}" if run["started_at"] else "not started"
+    yield f"  requested by {run['requested_by']}, {begun}{ended}{took}"
+    if run["parent_run_id"]:
+        yield f"  takes up run {run['parent_run_id']}"
     request = run["request"]
     asked = ", ".join(f"{key}: {_brief(request[key])}" for key in sorted(request)) or "everything, no options"
     yield f"  request: {visible(asked)}"
@@ -237,7 +325,7 @@ def header_lines(run: Document, style: Style) -> Iterator[str]:
     if run["is_dead"]:
         gone = "its session is gone; what it committed stays, the rest was rolled back"
         yield f"  {style.paint(gone, 'red')}"
-    elif run["status"] == "abandoned":
+    elif run["status"] == "abandoned" or (run["status"] == "failed" and not run["steps"]):
         yield f"  {visible(run['error_message'])}"
 
 
@@ -274,19 +362,65 @@ def bound(value: str | None) -> str:
     return value if len(value) <= 40 else f"{value[:39]}…"
 
 
+def kept_lines(run: Document) -> Iterator[str]:
+    """What a run that did not succeed has committed, and up to where."""
+    for step in last_attempts(run):
+        slices = [
+            one
+            for one in run["steps"]
+            if one["order_index"] == step["order_index"] and one["status"] == "advanced"
+        ]
+        last = step if step["status"] == "succeeded" else (slices or [None])[-1]
+        if last is None:
+            continue
+        upto = f", up to {bound(last['window_until'])}" if last["window_until"] else ""
+        part = "" if last is step else f", {plural(len(slices), 'slice')} of its window"
+        yield f"  [{step['order_index']}] {step['procedure']}{part}{upto}"
+
+
 def next_steps(run: Document) -> list[str]:
     """What to type next; nothing after a success."""
     run_id = run["run_id"]
-    command = "b2s run" if run["pipeline"] == _UNNAMED else f"b2s run --pipeline {run['pipeline']}"
     if run["is_dead"]:
-        return [f"{command}    records it as abandoned, and runs what is left to do"]
+        return [
+            f"b2s resume {run_id}    records it as abandoned, and does what is left",
+            "b2s reap    only records it as abandoned",
+        ]
+    if run["status"] == "queued":
+        return [
+            "b2s worker --once    takes up what is queued",
+            f"b2s cancel {run_id}    takes it back",
+        ]
     if run["status"] == "running":
-        return [f"b2s cancel {run_id}    finishes the step in flight and skips the rest"]
-    done = ("succeeded", "no_data")
-    again = [
-        one["procedure"] for one in last_attempts(run) if (one["skip_reason"] or one["status"]) not in done
-    ]
-    if not again:
-        return []
-    when = "once the cause is repaired" if run["status"] == "failed" else "runs what is left"
-    return [f"{command} {' '.join(again)}    {when}"]
+        return [f"b2s cancel {run_id}    finishes the steps in flight and skips the rest"]
+    if run.get("resumed_as"):
+        return [f"b2s show {run['resumed_as']}    shows the run that took it up"]
+    command = "b2s run" if run["pipeline"] == _UNNAMED else f"b2s run --pipeline {run['pipeline']}"
+    steps = last_attempts(run)
+    again = [one for one in steps if (one["skip_reason"] or one["status"]) not in _DONE]
+    if again and run["status"] not in SUCCESSES:
+        names = " ".join(one["procedure"] for one in again)
+        return [
+            f"b2s resume {run_id}    {_when(run, again)}",
+            f"{command} {names}    the same, reading up to now",
+        ]
+    held = [one for one in steps if one.get("held_back_by")]
+    if held:
+        names = " ".join(one["procedure"] for one in held)
+        return [f"{command} {names}    reads the rest, once this is over: {held[0]['held_back_by']}"]
+    return []
+
+
+def _when(run: Document, again: Sequence[Document]) -> str:
+    """What has to happen before a run is resumed."""
+    failed = [one for one in again if one["status"] == "failed"]
+    blocker = next((one["blocked_by"][0] for one in failed if one.get("blocked_by")), None)
+    if not failed:
+        return "does what is left"
+    if blocker is not None and all(one["error_class"] == "transient" for one in failed):
+        return f"once {_blocker(blocker)} has ended"
+    if all(one["error_class"] == "transient" for one in failed):
+        return "tries again; nothing is wrong with the data"
+    if all(one["error_class"] == "timeout" for one in failed):
+        return "once it is known what it waited for, or timeout is raised (b2s sync-config)"
+    return "once the cause is repaired"

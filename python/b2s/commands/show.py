@@ -22,15 +22,25 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Prints a run: the request, the steps, each failure in full, what to type next."""
-    from b2s import backfillview
+    from b2s import backfillview, postmortem
     from b2s.db import connect
     from b2s.output import print_json, print_lines, style
-    from b2s.runview import failure_lines, header_lines, next_steps, steps_table, window_lines
+    from b2s.runview import (
+        SUCCESSES,
+        failure_lines,
+        header_lines,
+        kept_lines,
+        next_steps,
+        steps_table,
+        window_lines,
+    )
 
     with connect(arguments.dsn) as connection:
         run = get_run(connection, run_id_of(connection, arguments.run))
         look = style()
         is_backfill = run["kind"] == "backfill"
+        if not is_backfill:
+            run = postmortem.enrich(connection, run)
         procedures = (
             backfillview.procedures_table(connection, run["run_id"], look)
             if is_backfill and not arguments.json
@@ -40,17 +50,21 @@ def execute(arguments: argparse.Namespace) -> int:
         print_json(run)
         return 0
     print_lines(header_lines(run, look))
-    print()
     if is_backfill:
-        print_lines([*procedures, *backfillview.chunk_failures(run, look, is_full=True)])
+        print_lines(["", *procedures, *backfillview.chunk_failures(run, look, is_full=True)])
         print_lines(["", backfillview.summary(run, look)])
         _print_next(backfillview.next_steps(run))
         return 0
-    print_lines(steps_table(run, look))
+    steps = steps_table(run, look)
+    if steps:
+        print_lines(["", *steps])
     windows = list(window_lines(run))
     if windows:
         print_lines(["", "windows:", *windows])
     print_lines(failure_lines(run, look, is_full=True))
+    kept = list(kept_lines(run)) if run["ended_at"] and run["status"] not in SUCCESSES else []
+    if kept:
+        print_lines(["", "stays committed:", *kept])
     _print_next(next_steps(run))
     return 0
 

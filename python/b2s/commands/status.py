@@ -16,10 +16,18 @@ select distinct on (h.pipeline) h.*,
                          order by s.order_index)
           from etl.step_history s where s.run_id = h.run_id and s.status = 'running') as running_steps,
        (select count(distinct s.order_index) from etl.step_history s
-         where s.run_id = h.run_id and s.status not in ('pending', 'running', 'retrying')) as ended_steps
+         where s.run_id = h.run_id and s.status not in ('pending', 'running', 'retrying')) as ended_steps,
+       (select count(distinct l.pid) from pg_catalog.pg_locks l join etl.runs r on r.run_id = h.run_id
+         where h.status = 'running' and l.locktype = 'advisory' and l.classid = 6435443 and l.granted
+           and l.objid = r.pipeline_id::oid and l.objsubid = 2
+           and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
+       ) as workers
   from etl.run_history h
- where h.kind = 'run'
- order by h.pipeline, h.run_id desc"""
+ where h.kind = 'run' and h.status <> 'queued'
+ order by h.pipeline, h.status = 'running' desc, h.run_id desc"""
+_QUEUED: Final = """
+select h.pipeline, h.run_id, h.requested_by, h.submitted_at from etl.run_history h
+ where h.status = 'queued' order by h.pipeline, h.run_id"""
 _BACKFILLS: Final = """
 select * from etl.backfill_progress b where b.status = 'running' order by b.pipeline, b.run_id"""
 _HEALTH: Final = "select * from etl.procedure_health h order by h.pipeline, h.type, h.procedure"
@@ -38,21 +46,29 @@ def execute(arguments: argparse.Namespace) -> int:
 
     with connect(arguments.dsn) as connection:
         runs = documents(connection, _LAST_RUNS)
+        queued = documents(connection, _QUEUED)
         backfills = documents(connection, _BACKFILLS)
         health = documents(connection, _HEALTH)
         freezes = documents(connection, _FREEZE)
     freeze = freezes[0] if freezes else None
     if arguments.json:
         print_json(
-            {"runs": runs, "backfills": backfills, "procedures": health, "full_refresh_freeze": freeze}
+            {
+                "runs": runs,
+                "queued": queued,
+                "backfills": backfills,
+                "procedures": health,
+                "full_refresh_freeze": freeze,
+            }
         )
         return 0
     look = style()
     if not health:
         print("no pipeline is configured: b2s sync-config")
-    if health and not runs:
+    if health and not runs and not queued:
         print("nothing has run yet: b2s run")
     print_lines(line for run in runs for line in _run_lines(run, look))
+    print_lines(_queue_lines(queued))
     print_lines(status_lines(backfills, look))
     if freeze and freeze["is_frozen"]:
         print(
@@ -63,25 +79,37 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _run_lines(run: Mapping[str, Any], style: Style) -> Iterator[str]:
-    from b2s.render import duration, moment, visible
+    from b2s.render import duration, moment, plural, visible
 
     head = f"pipeline {run['pipeline']}: run {run['run_id']} {style.status(run['status'])}"
     if run["is_dead"]:
-        yield f"{head}, but its session is gone; the next b2s run records it as abandoned"
+        yield f"{head}, but its session is gone: b2s resume {run['run_id']}, or b2s reap"
         return
     if run["status"] != "running":
-        took = f"took {duration(run['duration_ms'])}, requested by {run['requested_by']}"
-        yield f"{head}, {moment(run['ended_at'])}, {took}"
+        took = f"took {duration(run['duration_ms'])}, " if run["started_at"] else ""
+        yield f"{head}, {moment(run['ended_at'])}, {took}requested by {run['requested_by']}"
         if run["error_message"]:
             yield f"  {visible(run['error_message'])}"
             yield f"  b2s show {run['run_id']}"
         return
     since = f"for {duration(run['duration_ms'])}, {run['ended_steps']} of {run['step_count']} steps ended"
-    yield f"{head} {since}, requested by {run['requested_by']}"
+    sessions = plural(run["workers"], "session")
+    yield f"{head} {since}, {sessions} at work, requested by {run['requested_by']}"
     for step in run["running_steps"] or []:
         yield f"  at [{step['order_index']}] {step['procedure']} for {duration(step['duration_ms'])}"
     if run["cancel_requested_at"]:
         yield f"  it is being cancelled, asked by {run['cancel_requested_by']}"
+
+
+def _queue_lines(queued: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What waits for a worker, in the order in which it will be taken up."""
+    from b2s.render import moment
+
+    for run in queued:
+        since = f"since {moment(run['submitted_at'])}, requested by {run['requested_by']}"
+        yield f"pipeline {run['pipeline']}: run {run['run_id']} queued {since}"
+    if queued:
+        yield "  b2s worker takes up what is queued"
 
 
 def _health_lines(health: Sequence[Mapping[str, Any]], style: Style) -> list[str]:

@@ -1,0 +1,77 @@
+"""b2s worker: sessions that execute what is submitted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The options of b2s worker."""
+    parser.epilog = (
+        "SIGTERM or Ctrl-C: no run is taken up any more, and what is being executed gets --grace to end;\n"
+        "after that, or at a second signal, the sessions are ended, which rolls their steps back for other\n"
+        "workers to try again. Exit code 0 after a clean stop, 1 when sessions were ended in a step.\n"
+        "Connect directly, not through a pooler in transaction mode."
+    )
+    what = parser.add_argument_group("what to work on")
+    what.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="sessions, each executes a step at a time (2)",
+    )
+    what.add_argument(
+        "--pipeline",
+        action="append",
+        default=[name] if (name := os.environ.get("B2S_PIPELINE")) else [],
+        metavar="NAME",
+        help="only this one; repeatable (B2S_PIPELINE; default: all)",
+    )
+    when = parser.add_argument_group("how long")
+    when.add_argument("--once", action="store_true", help="end when nothing is queued any more")
+    when.add_argument("--poll", default="1s", metavar="TIME", help="look for runs at least so often (1s)")
+    when.add_argument("--grace", default="30s", metavar="TIME", help="time to finish when told to stop (30s)")
+    parser.add_argument_group("what to show").add_argument(
+        "--log-format",
+        choices=("json", "console"),
+        default=os.environ.get("B2S_LOG_FORMAT") or None,
+        help="log lines on stderr (B2S_LOG_FORMAT; default: console on a terminal, else json)",
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Works, and logs what happens; with --json prints at the end how many runs it worked on."""
+    import sys
+
+    from b2s.commands.run import check_workers
+    from b2s.output import print_json
+    from b2s.progress import logger
+    from b2s.worker import Team
+
+    check_workers(arguments.workers)
+    log_format = arguments.log_format or ("console" if sys.stderr.isatty() else "json")
+    team = Team(
+        arguments.dsn,
+        arguments.workers,
+        list(dict.fromkeys(arguments.pipeline)),
+        logger(log_format, sys.stderr),
+        poll=_seconds("--poll", arguments.poll),
+        is_once=arguments.once,
+    )
+    is_clean = team.work(_seconds("--grace", arguments.grace))
+    if arguments.json:
+        print_json({"executed": sorted(team.executed), "is_clean": is_clean})
+    return 0 if is_clean else 1
+
+
+def _seconds(option: str, text: str) -> float:
+    from b2s.configvalues import Refused, bounded_duration
+    from b2s.errors import UsageError
+
+    try:
+        return bounded_duration(text) / 1000
+    except Refused as refusal:
+        raise UsageError(f"{option} {text} {refusal}", f"for example: {option} 10s") from None
