@@ -140,6 +140,12 @@ declare
 begin
   select * into strict v_scope from etl.run_scopes s
    where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
+  -- A session ends its own scope, or one whose session is gone.
+  if exists (select from (select p.worker_pid from etl.procedure_runs p where p.run_id = v_scope.run_id and p.scope_index = v_scope.scope_index and p.status = 'running'
+                          union select m.worker_pid from etl.mv_refreshes m where m.run_id = v_scope.run_id and m.scope_index = v_scope.scope_index and m.status = 'running') w
+              where w.worker_pid <> pg_backend_pid() and w.worker_pid = any (etl._living_workers(v_run))) then
+    perform etl._fail_not_owned(run_id);
+  end if;
   failure := etl._timed_out(v_scope, failure);
   if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then perform etl._note_interruption(run_id, failure->>'message'); end if;
   if v_scope.kind = 'refresh' then
