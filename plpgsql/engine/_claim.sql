@@ -298,6 +298,9 @@ begin
      and not exists (select from etl.mv_refreshes m where m.run_id = run.run_id and m.ended_at is null) then
     perform from etl.runs r where r.run_id = run.run_id and r.status = 'running' for update;
     if found then perform etl._finish_run(run); end if;
+  -- Whoever has just ended a scope has none at work: the helpers were called by hand, and a step was passed by.
+  elsif not is_idle and exists (select from etl.procedure_runs p where p.run_id = run.run_id and p.status = 'running' and p.worker_pid = pg_backend_pid()) then
+    perform etl._fail_not_owned(run.run_id);
   else
     if is_idle and not etl._recover_lost_scope(run) and etl._is_stuck(run) then perform etl._fail_not_owned(run.run_id); end if;
     v_scope.scope_index := 0;
