@@ -30,6 +30,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 
 -- Engine
 \ir engine/_fail.sql
+\ir engine/_fail_altered.sql
 \ir engine/_requester.sql
 \ir engine/_atomic_message.sql
 \ir engine/_fail_in_transaction.sql
@@ -74,6 +75,15 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_contract_copy.sql
 \ir engine/_contract_checks.sql
 \ir engine/_contract_findings.sql
+
+-- What runs as etl_owner
+\ir install/steps_begin.sql
+\ir steps/_call_routine.sql
+\ir steps/_read_source.sql
+\ir steps/_refresh.sql
+\ir steps/_restamp.sql
+\ir steps/_test_contract.sql
+\ir install/steps_end.sql
 
 -- Verbs
 \ir api/arrived.sql

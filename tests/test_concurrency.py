@@ -334,7 +334,7 @@ AS_THE_VERB = frozenset({"_submit", "_enlist", "_time_out_steps"})
 
 ON_REQUEST = {
     "_cancel_statement": "select etl._cancel_statement({pid})",
-    "_signal_as_owner": "select etl._signal_as_owner({pid})",
+    "_signal_as_engine": "select etl._signal_as_engine({pid})",
 }
 """Helpers that do nothing to a run which nobody has asked to stop."""
 

@@ -49,7 +49,7 @@ comment on function etl._request_cancel(bigint, text) is
 revoke all on function etl._request_cancel(bigint, text) from public;
 grant execute on function etl._request_cancel(bigint, text) to etl_operator;
 
--- Not security definer: a login may always cancel its own statements, whereas etl_owner may cancel those of others
+-- Not security definer: a login may always cancel its own statements, whereas etl_engine may cancel those of others
 -- only as a member of pg_signal_backend.
 create or replace function etl.cancel_run(run_id bigint, reason text default null, force boolean default false) returns text
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -64,8 +64,8 @@ begin
     if etl._cancel_statement(v_pid) then
       v_count := v_count + 1;
     else
-      raise warning 'the statement in flight goes on: neither % nor etl_owner may cancel it', current_user
-        using hint = 'grant pg_signal_backend to etl_owner; the statements of a superuser only a superuser may cancel';
+      raise warning 'the statement in flight goes on: neither % nor etl_engine may cancel it', current_user
+        using hint = 'grant pg_signal_backend to etl_engine; the statements of a superuser only a superuser may cancel';
     end if;
   end loop;
   if v_count = 0 then return 'the step in flight is finished, what follows is skipped'; end if;
@@ -78,34 +78,34 @@ revoke all on function etl.cancel_run(bigint, text, boolean) from public;
 grant execute on function etl.cancel_run(bigint, text, boolean) to etl_operator;
 
 -- Only what somebody entitled to has asked to stop, or what is beyond its timeout.
-create or replace function etl._signal_as_owner(pid int) returns boolean
+create or replace function etl._signal_as_engine(pid int) returns boolean
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
   if not exists (select from etl.runs r
                   where r.status = 'running'
-                    and (exists (select from etl.procedure_runs p where p.run_id = r.run_id and p.status = 'running' and p.worker_pid = _signal_as_owner.pid
+                    and (exists (select from etl.procedure_runs p where p.run_id = r.run_id and p.status = 'running' and p.worker_pid = _signal_as_engine.pid
                                     and (p.timed_out_at is not null or r.cancel_requested_at is not null))
                          or r.cancel_requested_at is not null and exists (
-                              select from etl.mv_refreshes m where m.run_id = r.run_id and m.status = 'running' and m.worker_pid = _signal_as_owner.pid))) then
+                              select from etl.mv_refreshes m where m.run_id = r.run_id and m.status = 'running' and m.worker_pid = _signal_as_engine.pid))) then
     return false;
   end if;
   return pg_cancel_backend(pid);
 exception when insufficient_privilege then
   return false;
 end $$;
-comment on function etl._signal_as_owner(int) is
-  'Cancels the statement of a step as etl_owner when its run was asked to stop or its timeout has passed; false when that is not so, or etl_owner may not.';
-revoke all on function etl._signal_as_owner(int) from public;
-grant execute on function etl._signal_as_owner(int) to etl_operator;
+comment on function etl._signal_as_engine(int) is
+  'Cancels the statement of a step as etl_engine when its run was asked to stop or its timeout has passed; false when that is not so, or etl_engine may not.';
+revoke all on function etl._signal_as_engine(int) from public;
+grant execute on function etl._signal_as_engine(int) to etl_operator;
 
 create or replace function etl._cancel_statement(pid int) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   return pg_cancel_backend(pid);
 exception when insufficient_privilege then
-  return etl._signal_as_owner(pid);
+  return etl._signal_as_engine(pid);
 end $$;
-comment on function etl._cancel_statement(int) is 'Cancels the statement of a backend, as the caller, else as etl_owner; false when neither may.';
+comment on function etl._cancel_statement(int) is 'Cancels the statement of a backend, as the caller, else as etl_engine; false when neither may.';
 revoke all on function etl._cancel_statement(int) from public;
 grant execute on function etl._cancel_statement(int) to etl_operator;
 

@@ -54,7 +54,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     from etl.procedure_refresh_targets x
     join etl.refresh_targets t using (refresh_target_id)
     join etl.procedures p using (procedure_id)
-   where p.is_active and x.concurrency <> 'false' and not etl._can_refresh_concurrently(to_regclass(t.name))
+   where p.is_active and x.concurrency <> 'false' and not etl._can_refresh_concurrently(etl._relation(t.name))
 $$;
 comment on function etl._diagnose_procedures() is 'Findings about the routines, sources and materialized views that are configured.';
 revoke all on function etl._diagnose_procedures() from public;
@@ -199,9 +199,9 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
     select w.pid from etl.procedures p cross join lateral etl._writers(etl._source_tables(p.watermark_sources)) w
      where p.is_active and p.watermark_strategy = 'id'
   )
-  select 'pg_read_all_stats', 'fail', 'etl_owner cannot see when others began their transactions, so windows of timestamps are refused while there are any',
-         'grant pg_read_all_stats to etl_owner'
-    from waiting where by_timestamp and not pg_has_role('etl_owner', 'pg_read_all_stats', 'usage')
+  select 'pg_read_all_stats', 'fail', 'etl_engine cannot see when others began their transactions, so windows of timestamps are refused while there are any',
+         'grant pg_read_all_stats to etl_engine'
+    from waiting where by_timestamp and not pg_has_role('etl_engine', 'pg_read_all_stats', 'usage')
   union all
   select 'track_activities', 'warn', format('off %s: its transactions do not show when they began, and windows of timestamps are refused meanwhile', t.place), t.remedy
     from waiting cross join lateral (

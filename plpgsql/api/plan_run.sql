@@ -28,8 +28,8 @@ begin
            w.since, w.until, i.parameters, etl._render_call(p.call_sql, i.mode, w.since, w.until, null, i.parameters),
            case when i.kind = 'steps' then nullif(concat_ws('; ', etl._plan_notes(n.dependencies), w.notes), '')
                 else format('after %s, on %s, %s', i.refresh_after, i.refresh_on,
-                       case when i.concurrency <> 'false' and etl._can_refresh_concurrently(to_regclass(i.mv_name)) then 'concurrently'
-                            when i.concurrency <> 'false' and etl._can_refresh_concurrently(to_regclass(i.mv_name)) is null then 'which does not exist'
+                       case when i.concurrency <> 'false' and etl._can_refresh_concurrently(etl._relation(i.mv_name)) then 'concurrently'
+                            when i.concurrency <> 'false' and etl._can_refresh_concurrently(etl._relation(i.mv_name)) is null then 'which does not exist'
                             else 'readers wait' end) end
       from unnest(v_items) i
       left join etl.procedures p using (procedure_id)

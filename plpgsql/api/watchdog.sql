@@ -40,8 +40,8 @@ begin
     if etl._cancel_statement(v_pid) then
       v_count := v_count + 1;
     else
-      raise warning 'the timeout of the step of backend % has passed, but neither % nor etl_owner may cancel it', v_pid, current_user
-        using hint = 'grant pg_signal_backend to etl_owner; the statements of a superuser only a superuser may cancel';
+      raise warning 'the timeout of the step of backend % has passed, but neither % nor etl_engine may cancel it', v_pid, current_user
+        using hint = 'grant pg_signal_backend to etl_engine; the statements of a superuser only a superuser may cancel';
     end if;
   end loop;
   return v_count;

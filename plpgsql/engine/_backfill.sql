@@ -80,7 +80,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
              join pg_catalog.pg_class c on c.oid = i.indrelid
              join pg_catalog.pg_namespace n on n.oid = c.relnamespace
             where i.indisvalid and i.indpred is null and (n.nspname, c.relname, a.attname) = (s.parts[1], s.parts[2], s.parts[3])))
-         then format('select least(%s)::%s', string_agg(format('(select min(%I) from %I.%I%s)', s.parts[3], s.parts[1], s.parts[2],
+         then format('select to_jsonb(least(%s)::%s) #>> ''{}''', string_agg(format('(select min(%I) from %I.%I%s)', s.parts[3], s.parts[1], s.parts[2],
                 case when has_start then format(' where %I >= $1::%s', s.parts[3], t.column_type) end), ', '), min(t.result_type)) end
     from (select parse_ident(u.source) as parts from unnest(procedure.watermark_sources) u(source)) s
     cross join (select case procedure.watermark_strategy when 'timestamp' then 'timestamptz' when 'id' then 'bigint' else 'text::xid8' end as column_type,
@@ -101,7 +101,7 @@ declare
 begin
   while start + v_n * width < until and v_count < max_count loop
     if least_value_sql is not null then
-      execute least_value_sql into v_value using start + v_n * width;
+      v_value := etl._read_source(least_value_sql, to_jsonb(start + v_n * width) #>> '{}');
       exit when v_value is null or v_value >= until;
       v_n := greatest(v_n, floor(extract(epoch from v_value - start) / extract(epoch from width)));
       while start + v_n * width > v_value loop v_n := v_n - 1; end loop;
@@ -128,7 +128,7 @@ declare
 begin
   while v_since < until and v_count < max_count loop
     if least_value_sql is not null then
-      execute least_value_sql into v_value using v_since::bigint;
+      v_value := etl._read_source(least_value_sql, v_since::bigint::text);
       exit when v_value is null or v_value >= until;
       v_since := start + div(v_value::numeric - start, width) * width;
     end if;
@@ -186,7 +186,7 @@ begin
       problems := problems || etl._backfill_problem('from_', 'backfill.no_from', format('the source of %s is a query, which does not tell where its rows begin', procedure.name),
         'say where to begin: from_ => ''...''');
     elsif problems = '[]' then
-      execute etl._least_value_sql(procedure, false) into start;
+      start := etl._read_source(etl._least_value_sql(procedure, false));
       start := coalesce(etl._bound(procedure.watermark_strategy, start), until);
     end if;
   elsif (case procedure.watermark_strategy when 'timestamp' then start::timestamptz >= until::timestamptz else start::bigint >= until::bigint end) then

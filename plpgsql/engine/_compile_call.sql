@@ -15,6 +15,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._relation(text) is 'The oid of the relation that a qualified name means, or null.';
 revoke all on function etl._relation(text) from public;
+grant execute on function etl._relation(text) to etl_owner;
 
 -- The routine that a name means, or why there is none.
 create or replace function etl._resolve_routine(routine text, out oid oid, out message text, out hint text)
@@ -24,11 +25,7 @@ declare
   v_found text[];
 begin
   if position('(' in routine) > 0 then
-    begin
-      oid := to_regprocedure(routine);
-    exception when others then
-      oid := null;
-    end;
+    oid := etl._find_routine(routine);
     if oid is null then
       message := format('routine %s does not exist', routine);
       hint := 'write the signature as \df shows it, e.g. silver.load_sales(text, timestamptz)';
@@ -111,6 +108,7 @@ language sql immutable strict set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._text_array(jsonb) is 'A jsonb array as text[]; CALL takes no subquery among its arguments.';
 revoke all on function etl._text_array(jsonb) from public;
+grant execute on function etl._text_array(jsonb) to etl_owner;
 
 -- Which output holds the number of rows: the one named in args.rows, else p_rows or rows, else the only one; integers only.
 create or replace function etl._rows_output(routine oid, procedure jsonb) returns text

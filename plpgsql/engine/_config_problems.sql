@@ -124,7 +124,7 @@ begin
     message := 'the xid strategy reads columns, a query has no meaning for it';
     return;
   end if;
-  execute format('select format_type(pg_typeof(q.value), null) from (select) r left join lateral (%s) q(value) on false', watermark#>>'{source,0}') into v_type;
+  v_type := etl._read_source(format('select format_type(pg_typeof(q.value), null) from (select) r left join lateral (%s) q(value) on false', watermark#>>'{source,0}'));
   if v_type <> all (v_types) then
     message := format('the source query returns %s, the %s strategy needs %s', v_type, watermark->>'strategy', array_to_string(v_types, ' or '));
   end if;

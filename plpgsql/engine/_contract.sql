@@ -12,6 +12,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_call_of(jsonb, text, text) is 'A call of the tested routine for one window.';
 revoke all on function etl._contract_call_of(jsonb, text, text) from public;
+grant execute on function etl._contract_call_of(jsonb, text, text) to etl_owner;
 
 create or replace function etl._contract_show_window(since text, until text) returns text
 language sql immutable set search_path = pg_catalog, pg_temp as $$
@@ -19,6 +20,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_show_window(text, text) is 'A window as text.';
 revoke all on function etl._contract_show_window(text, text) from public;
+grant execute on function etl._contract_show_window(text, text) to etl_owner;
 
 -- In a run the next call is another transaction: deferred constraints are checked, and deferred again.
 create or replace function etl._contract_check_constraints() returns void
@@ -32,6 +34,7 @@ begin
 end $$;
 comment on function etl._contract_check_constraints() is 'Checks deferred constraints now, as a commit would, and defers them again.';
 revoke all on function etl._contract_check_constraints() from public;
+grant execute on function etl._contract_check_constraints() to etl_owner;
 
 -- And its temporary tables are gone.
 create or replace function etl._contract_drop_temporary(kept oid[]) returns void
@@ -48,6 +51,7 @@ begin
 end $$;
 comment on function etl._contract_drop_temporary(oid[]) is 'Drops the temporary tables of this session but those to keep.';
 revoke all on function etl._contract_drop_temporary(oid[]) from public;
+grant execute on function etl._contract_drop_temporary(oid[]) to etl_owner;
 
 create or replace function etl._contract_call(contract jsonb, call jsonb, out reported numeric, out counted bigint)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -72,6 +76,7 @@ end $$;
 comment on function etl._contract_call(jsonb, jsonb) is
   'Calls the tested routine as a step would, in the caller''s subtransaction; the rows it reported and those it wrote.';
 revoke all on function etl._contract_call(jsonb, jsonb) from public;
+grant execute on function etl._contract_call(jsonb, jsonb) to etl_owner;
 
 -- Partitions count as the table they belong to. Values that the table itself draws (identity, sequences) differ from call to call.
 create or replace function etl._contract_tables(seen oid[], ignored jsonb) returns jsonb
@@ -94,6 +99,7 @@ $$;
 comment on function etl._contract_tables(oid[], jsonb) is
   'The tables that this transaction has locked for writing since, by name: the columns not to compare, and the primary key.';
 revoke all on function etl._contract_tables(oid[], jsonb) from public;
+grant execute on function etl._contract_tables(oid[], jsonb) to etl_owner;
 
 -- jsonb, because it knows when two values are equal: 1.0 and 1.00, whatever the type of the column.
 create or replace function etl._contract_rows(tables jsonb) returns jsonb[]
@@ -114,6 +120,7 @@ begin
 end $$;
 comment on function etl._contract_rows(jsonb) is 'The rows of tables as they are now, without the columns that are not compared.';
 revoke all on function etl._contract_rows(jsonb) from public;
+grant execute on function etl._contract_rows(jsonb) to etl_owner;
 
 -- A cancel request is not caught: it ends the test, and everything is undone.
 create or replace function etl._contract_variant(
@@ -131,7 +138,7 @@ begin
     for v_call in select c from jsonb_array_elements(calls) c loop
       select c.reported, c.counted into reported, counted from etl._contract_call(contract, v_call) c;
     end loop;
-    if checks is not null then perform etl._run_checks(contract->>'name', checks); end if;
+    if checks is not null then perform etl._judge_checks(contract->>'name', etl._unmet_checks(checks)); end if;
     tables := etl._contract_tables(v_seen, contract->'ignored');
     "rows" := etl._contract_rows(contract->'tables');
     v_is_over := true;
@@ -144,13 +151,14 @@ begin
   failure := etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, null);
   failure := failure || jsonb_build_object(
     'message', concat_ws('; ', v_message, nullif(v_detail, ''),
-      nullif(regexp_replace(v_context, '(^|\n)(SQL statement [^\n]*\n)?PL/pgSQL function etl\._(contract|run_checks).*$', ''), '')),
+      nullif(regexp_replace(v_context, '(^|\n)(SQL statement [^\n]*\n)?PL/pgSQL function etl\._(contract|unmet_checks|judge_checks).*$', ''), '')),
     'hint', case when failure->>'class' = 'transient' then 'another session works on the same rows: test again when no run is active'
                  else failure->>'hint' end);
 end $$;
 comment on function etl._contract_variant(jsonb, jsonb, text, jsonb) is
   'Makes calls in a subtransaction and undoes them: what the tables held in the end, which were written, the rows reported and written by the last call, or why it failed.';
 revoke all on function etl._contract_variant(jsonb, jsonb, text, jsonb) from public;
+grant execute on function etl._contract_variant(jsonb, jsonb, text, jsonb) to etl_owner;
 
 -- Rows that one outcome has and the other one has not, as often as they are missing. Mostly both are the same in the same order.
 create or replace function etl._contract_difference(contract jsonb, expected jsonb[], actual jsonb[], out "rows" jsonb, out summary text)
@@ -177,6 +185,7 @@ $$;
 comment on function etl._contract_difference(jsonb, jsonb[], jsonb[]) is
   'How two outcomes differ: up to 20 rows with - (expected only) or + (actual only), and the totals by table; null when they do not.';
 revoke all on function etl._contract_difference(jsonb, jsonb[], jsonb[]) from public;
+grant execute on function etl._contract_difference(jsonb, jsonb[], jsonb[]) to etl_owner;
 
 create or replace function etl._contract_finding(
   check_name text, status text, detail text, remedy text default null, difference jsonb default null) returns jsonb
@@ -185,6 +194,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_finding(text, text, text, text, jsonb) is 'One row of what etl.test_procedure returns.';
 revoke all on function etl._contract_finding(text, text, text, text, jsonb) from public;
+grant execute on function etl._contract_finding(text, text, text, text, jsonb) to etl_owner;
 
 -- claim: what was to be proven; legend: what - and + stand for.
 create or replace function etl._contract_compare(
@@ -203,3 +213,4 @@ end $$;
 comment on function etl._contract_compare(jsonb, text, jsonb[], jsonb[], jsonb, text, text, text) is
   'The finding of a check that two outcomes are the same.';
 revoke all on function etl._contract_compare(jsonb, text, jsonb[], jsonb[], jsonb, text, text, text) from public;
+grant execute on function etl._contract_compare(jsonb, text, jsonb[], jsonb[], jsonb, text, text, text) to etl_owner;

@@ -17,6 +17,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_volatile(jsonb[], jsonb[]) is 'By table, the columns in which two outcomes have different values; null for none.';
 revoke all on function etl._contract_volatile(jsonb[], jsonb[]) from public;
+grant execute on function etl._contract_volatile(jsonb[], jsonb[]) to etl_owner;
 
 create or replace function etl._contract_without(entries jsonb[], columns jsonb) returns jsonb[]
 language sql immutable set search_path = pg_catalog, pg_temp as $$
@@ -25,6 +26,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_without(jsonb[], jsonb) is 'An outcome without some columns, given by table.';
 revoke all on function etl._contract_without(jsonb[], jsonb) from public;
+grant execute on function etl._contract_without(jsonb[], jsonb) to etl_owner;
 
 -- Columns that are not deterministic are left out of all later comparisons: contract comes back with them, expected without.
 create or replace function etl._contract_deterministic(inout contract jsonb, out expected jsonb[], out finding jsonb)
@@ -60,6 +62,7 @@ end $$;
 comment on function etl._contract_deterministic(jsonb) is
   'Runs the window twice from the same rows: the outcome to expect, and the contract without the columns that differ by themselves.';
 revoke all on function etl._contract_deterministic(jsonb) from public;
+grant execute on function etl._contract_deterministic(jsonb) to etl_owner;
 
 create or replace function etl._contract_idempotent(contract jsonb, expected jsonb[]) returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -72,6 +75,7 @@ begin
 end $$;
 comment on function etl._contract_idempotent(jsonb, jsonb[]) is 'Whether the window run twice gives what it gives once.';
 revoke all on function etl._contract_idempotent(jsonb, jsonb[]) from public;
+grant execute on function etl._contract_idempotent(jsonb, jsonb[]) to etl_owner;
 
 -- What the routine should say about one end of its window, or about both.
 create or replace function etl._contract_condition(contract jsonb, bound text, "column" text) returns text
@@ -83,6 +87,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_condition(jsonb, text, text) is 'The condition by which a routine reads its window; bound since or until: that end of it.';
 revoke all on function etl._contract_condition(jsonb, text, text) from public;
+grant execute on function etl._contract_condition(jsonb, text, text) to etl_owner;
 
 create or replace function etl._contract_pieces(contract jsonb) returns jsonb
 language sql volatile set search_path = pg_catalog, pg_temp as $$
@@ -93,6 +98,7 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_pieces(jsonb) is 'The calls that read the window piece by piece.';
 revoke all on function etl._contract_pieces(jsonb) from public;
+grant execute on function etl._contract_pieces(jsonb) to etl_owner;
 
 create or replace function etl._contract_splits(contract jsonb, expected jsonb[]) returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -113,6 +119,7 @@ begin
 end $$;
 comment on function etl._contract_splits(jsonb, jsonb[]) is 'Whether the window in pieces gives what it gives in one.';
 revoke all on function etl._contract_splits(jsonb, jsonb[]) from public;
+grant execute on function etl._contract_splits(jsonb, jsonb[]) to etl_owner;
 
 -- Around one value of a source, with no row right before it. base: what the tables hold when nothing is read.
 create or replace function etl._contract_boundary_at(contract jsonb, source jsonb, value text, base jsonb[]) returns jsonb
@@ -157,6 +164,7 @@ end $$;
 comment on function etl._contract_boundary_at(jsonb, jsonb, text, jsonb[]) is
   'Whether windows that begin and end at a row read it exactly once; null when the routine does nothing with that row.';
 revoke all on function etl._contract_boundary_at(jsonb, jsonb, text, jsonb[]) from public;
+grant execute on function etl._contract_boundary_at(jsonb, jsonb, text, jsonb[]) to etl_owner;
 
 create or replace function etl._contract_boundary(contract jsonb, source jsonb) returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -176,3 +184,4 @@ begin
 end $$;
 comment on function etl._contract_boundary(jsonb, jsonb) is 'Whether a row of a source at the end of two windows is read exactly once.';
 revoke all on function etl._contract_boundary(jsonb, jsonb) from public;
+grant execute on function etl._contract_boundary(jsonb, jsonb) to etl_owner;

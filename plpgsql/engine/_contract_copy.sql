@@ -11,6 +11,7 @@ begin
 end $$;
 comment on function etl._contract_has_more(text, int) is 'Whether a table has more than so many rows.';
 revoke all on function etl._contract_has_more(text, int) from public;
+grant execute on function etl._contract_has_more(text, int) to etl_owner;
 
 -- The deletes hold row locks of production, and every comparison reads the tables whole: a limit keeps both short.
 create or replace function etl._contract_check_tables(contract jsonb) returns void
@@ -36,6 +37,7 @@ end $$;
 comment on function etl._contract_check_tables(jsonb) is
   'Raises PT403 test.not_readable, and PT422 test.too_large when a tested table or window holds too many rows.';
 revoke all on function etl._contract_check_tables(jsonb) from public;
+grant execute on function etl._contract_check_tables(jsonb) to etl_owner;
 
 -- A table can be emptied together with the tables that refer to it. Sources never are.
 create or replace function etl._contract_emptiable(contract jsonb) returns jsonb
@@ -56,6 +58,7 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_emptiable(jsonb) is 'The tables that a test may empty, each with all that must be emptied with it.';
 revoke all on function etl._contract_emptiable(jsonb) from public;
+grant execute on function etl._contract_emptiable(jsonb) to etl_owner;
 
 -- In whichever order foreign keys allow.
 create or replace function etl._contract_empty(names text[]) returns void
@@ -77,6 +80,7 @@ begin
 end $$;
 comment on function etl._contract_empty(text[]) is 'Deletes the rows of tables, referring ones first.';
 revoke all on function etl._contract_empty(text[]) from public;
+grant execute on function etl._contract_empty(text[]) to etl_owner;
 
 -- A table that stays empty is one whose rows the routine only changes: it must keep them. When the routine fails on empty tables,
 -- it is tested on the tables as they are.
@@ -101,3 +105,4 @@ begin
 end $$;
 comment on function etl._contract_emptied(jsonb) is 'The tables that a test empties before it compares.';
 revoke all on function etl._contract_emptied(jsonb) from public;
+grant execute on function etl._contract_emptied(jsonb) to etl_owner;

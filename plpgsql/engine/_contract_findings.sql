@@ -14,6 +14,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_null_row(jsonb, boolean) is 'The statement that gives a source a row whose watermark column is null.';
 revoke all on function etl._contract_null_row(jsonb, boolean) from public;
+grant execute on function etl._contract_null_row(jsonb, boolean) to etl_owner;
 
 -- is_split: whether the window gives the same in pieces; if not, one row more proves nothing about pieces.
 create or replace function etl._contract_nulls(contract jsonb, source jsonb, expected jsonb[], is_split boolean) returns jsonb
@@ -50,6 +51,7 @@ begin
 end $$;
 comment on function etl._contract_nulls(jsonb, jsonb, jsonb[], boolean) is 'What becomes of rows that have no value in a watermark column.';
 revoke all on function etl._contract_nulls(jsonb, jsonb, jsonb[], boolean) from public;
+grant execute on function etl._contract_nulls(jsonb, jsonb, jsonb[], boolean) to etl_owner;
 
 create or replace function etl._contract_rows_reported(contract jsonb, reported numeric, counted bigint) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
@@ -62,6 +64,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_rows_reported(jsonb, numeric, bigint) is 'Whether the number of rows that the routine returns can be one.';
 revoke all on function etl._contract_rows_reported(jsonb, numeric, bigint) from public;
+grant execute on function etl._contract_rows_reported(jsonb, numeric, bigint) to etl_owner;
 
 -- After the window, one that ends where it begins, at a row if there is one.
 create or replace function etl._contract_empty_window(contract jsonb, expected jsonb[]) returns jsonb
@@ -76,6 +79,7 @@ begin
 end $$;
 comment on function etl._contract_empty_window(jsonb, jsonb[]) is 'Whether a window that ends where it begins changes nothing.';
 revoke all on function etl._contract_empty_window(jsonb, jsonb[]) from public;
+grant execute on function etl._contract_empty_window(jsonb, jsonb[]) to etl_owner;
 
 -- On the tables as they are: what it leaves of the old rows it must leave twice. It may write others than a window does.
 create or replace function etl._contract_full(contract jsonb) returns jsonb
@@ -102,6 +106,7 @@ begin
 end $$;
 comment on function etl._contract_full(jsonb) is 'Whether a full refresh can be repeated.';
 revoke all on function etl._contract_full(jsonb) from public;
+grant execute on function etl._contract_full(jsonb) to etl_owner;
 
 -- All checks that compare with a run of the window, on emptied tables; these are as before afterwards. contract comes back with the
 -- columns that turned out not to be deterministic.
@@ -132,3 +137,20 @@ exception when sqlstate 'PT200' then
 end $$;
 comment on function etl._contract_findings(jsonb) is 'Makes all checks that compare with a run of the window, and undoes everything.';
 revoke all on function etl._contract_findings(jsonb) from public;
+grant execute on function etl._contract_findings(jsonb) to etl_owner;
+
+create or replace function etl._contract_runs(contract jsonb, counted bigint) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select etl._contract_finding('runs', case when contract->'tables' = '{}' or contract->>'row_count' = '0' or v.is_idle then 'warn' else 'ok' end,
+    concat_ws('; ', case when contract ? 'strategy' then 'window ' || etl._contract_show_window(contract->>'since', contract->>'until')
+                         || coalesce(format(' of %s row(s) in its sources', contract->>'row_count'), '') else 'no window' end,
+      case when contract->'tables' = '{}' then 'it wrote to no table'
+           else format('wrote %s row(s) in %s', counted, (select string_agg(k, ', ' order by k) from jsonb_object_keys(contract->'tables') k)) end,
+      'emptied for the checks that follow: ' || nullif((select string_agg(e, ', ' order by e) from jsonb_array_elements_text(contract->'emptied') e), '')),
+    case when contract->'tables' = '{}' or contract->>'row_count' = '0' or v.is_idle
+           then 'little is proven by that: put rows into its sources' || case when contract ? 'strategy' then ', or name another window' else '' end end)
+    from (select counted = 0 and contract->'emptied' = '[]' as is_idle) v
+$$;
+comment on function etl._contract_runs(jsonb, bigint) is 'The first finding of a test: what was run on which window.';
+revoke all on function etl._contract_runs(jsonb, bigint) from public;
+grant execute on function etl._contract_runs(jsonb, bigint) to etl_owner;

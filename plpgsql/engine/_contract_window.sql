@@ -15,6 +15,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_sources(text[]) is 'The watermark columns of a procedure: name, relation, column, the value it stands for, is_nullable.';
 revoke all on function etl._contract_sources(text[]) from public;
+grant execute on function etl._contract_sources(text[]) to etl_owner;
 
 create or replace function etl._contract_bound(strategy text, value text, shift int default 0) returns text
 language sql stable strict set search_path = pg_catalog, pg_temp as $$
@@ -26,6 +27,7 @@ language sql stable strict set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_bound(text, text, int) is 'The bound at a value, or so many of the smallest steps after it.';
 revoke all on function etl._contract_bound(text, text, int) from public;
+grant execute on function etl._contract_bound(text, text, int) to etl_owner;
 
 -- Bounds as a user gives them, in the form the engine passes.
 create or replace function etl._contract_given_bound(strategy text, name text, bound text) returns text
@@ -40,6 +42,7 @@ exception when data_exception then
 end $$;
 comment on function etl._contract_given_bound(text, text, text) is 'A bound given by a user, checked and in normal form. Raises PT422 test.window.';
 revoke all on function etl._contract_given_bound(text, text, text) from public;
+grant execute on function etl._contract_given_bound(text, text, text) to etl_owner;
 
 -- %1$s in the template is a watermark column, %2$s its table.
 create or replace function etl._contract_union(sources jsonb, template text) returns text
@@ -48,6 +51,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_union(jsonb, text) is 'A query over all sources of a procedure.';
 revoke all on function etl._contract_union(jsonb, text) from public;
+grant execute on function etl._contract_union(jsonb, text) to etl_owner;
 
 -- $1 and $2 are the bounds. A row without a value is in no window.
 create or replace function etl._contract_rows_inside(contract jsonb) returns text
@@ -59,6 +63,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._contract_rows_inside(jsonb) is 'The query for the values of the source rows that lie between two bounds.';
 revoke all on function etl._contract_rows_inside(jsonb) from public;
+grant execute on function etl._contract_rows_inside(jsonb) to etl_owner;
 
 create or replace function etl._contract_count_inside(contract jsonb, since text, until text) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -71,6 +76,7 @@ begin
 end $$;
 comment on function etl._contract_count_inside(jsonb, text, text) is 'How many source rows lie between two bounds; null when the source is a query.';
 revoke all on function etl._contract_count_inside(jsonb, text, text) from public;
+grant execute on function etl._contract_count_inside(jsonb, text, text) to etl_owner;
 
 -- The newest value of the sources, up to now; with an offset, the newest but so many in one of them.
 create or replace function etl._contract_newest(contract jsonb, preceding int default 0) returns text
@@ -87,9 +93,10 @@ begin
 end $$;
 comment on function etl._contract_newest(jsonb, int) is 'The newest value in the sources of a procedure, or the newest but so many; null when there are fewer.';
 revoke all on function etl._contract_newest(jsonb, int) from public;
+grant execute on function etl._contract_newest(jsonb, int) to etl_owner;
 
 -- What is not given: until just behind the newest row, since before the newest 10,000 rows of a source.
-create or replace function etl._contract_window(contract jsonb, inout since text, inout until text, in sources text[])
+create or replace function etl._contract_window(contract jsonb, inout since text, inout until text)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_strategy text := contract->>'strategy';
@@ -98,7 +105,7 @@ begin
   since := etl._contract_given_bound(v_strategy, 'since', since);
   until := etl._contract_given_bound(v_strategy, 'until', until);
   if contract->'sources' = '[]' then
-    if until is null then execute format('select to_jsonb(q.v) #>> ''{}'' from (%s) q(v)', sources[1]) into v_newest; end if;
+    if until is null then execute format('select to_jsonb(q.v) #>> ''{}'' from (%s) q(v)', contract->>'query') into v_newest; end if;
   elsif until is null or since is null then
     v_newest := etl._contract_newest(contract);
     if since is null and until is null then since := etl._contract_bound(v_strategy, etl._contract_newest(contract, 9999)); end if;
@@ -110,9 +117,10 @@ begin
     perform etl._fail('PT422', 'test.window', format('the window [%s, %s) is empty', since, until), 'since lies before until');
   end if;
 end $$;
-comment on function etl._contract_window(jsonb, text, text, text[]) is
+comment on function etl._contract_window(jsonb, text, text) is
   'The window to test: as given, else the newest rows of the sources. Raises PT422 test.window.';
-revoke all on function etl._contract_window(jsonb, text, text, text[]) from public;
+revoke all on function etl._contract_window(jsonb, text, text) from public;
+grant execute on function etl._contract_window(jsonb, text, text) to etl_owner;
 
 -- Bounds that cut the window at rows there are, so that each of those rows is the first of one piece and just behind another one.
 create or replace function etl._contract_cuts(contract jsonb) returns text[]
@@ -131,6 +139,7 @@ begin
 end $$;
 comment on function etl._contract_cuts(jsonb) is 'The bounds at which the window of a test is cut into pieces, each at a row.';
 revoke all on function etl._contract_cuts(jsonb) from public;
+grant execute on function etl._contract_cuts(jsonb) to etl_owner;
 
 -- The oldest values of a source with nothing right before them in any source: what a routine does there, it does because of that row.
 create or replace function etl._contract_boundary_values(contract jsonb, source jsonb) returns text[]
@@ -153,3 +162,17 @@ begin
 end $$;
 comment on function etl._contract_boundary_values(jsonb, jsonb) is 'Up to five values of a source around which to test the ends of windows.';
 revoke all on function etl._contract_boundary_values(jsonb, jsonb) from public;
+grant execute on function etl._contract_boundary_values(jsonb, jsonb) to etl_owner;
+
+create or replace function etl._contract_with_window(contract jsonb, since text, until text) returns jsonb
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_window record := etl._contract_window(contract, since, until);
+begin
+  contract := contract || jsonb_build_object('since', v_window.since, 'until', v_window.until);
+  return contract || jsonb_build_object('cuts', etl._contract_cuts(contract),
+    'row_count', etl._contract_count_inside(contract, v_window.since, v_window.until));
+end $$;
+comment on function etl._contract_with_window(jsonb, text, text) is 'A contract with the window to test it on, and where to cut that. Raises PT422 test.window.';
+revoke all on function etl._contract_with_window(jsonb, text, text) from public;
+grant execute on function etl._contract_with_window(jsonb, text, text) to etl_owner;

@@ -21,7 +21,7 @@ end $$;
 comment on function etl._change_baseline() is
   'The counters of tables as they stand, by oid: [name, inserted, updated, deleted]; with last_oid when these are all tables there are.';
 revoke all on function etl._change_baseline() from public;
-grant execute on function etl._change_baseline() to etl_operator;
+grant execute on function etl._change_baseline() to etl_operator, etl_owner;
 
 -- Null for the engine's own tables, for temporary ones, and for one that the step itself has dropped.
 create or replace function etl._table_name(relation oid) returns text
@@ -32,7 +32,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._table_name(oid) is 'The qualified name of a table whose changes count, else null.';
 revoke all on function etl._table_name(oid) from public;
-grant execute on function etl._table_name(oid) to etl_operator;
+grant execute on function etl._table_name(oid) to etl_operator, etl_owner;
 
 -- The tables that this transaction holds a write lock on.
 create or replace function etl._written_tables() returns oid[]
@@ -43,6 +43,7 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._written_tables() is 'Relations on which this transaction holds a lock for writing.';
 revoke all on function etl._written_tables() from public;
+grant execute on function etl._written_tables() to etl_owner;
 
 create or replace function etl._count_changes(inout seen jsonb, out changes jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
@@ -76,3 +77,4 @@ begin
 end $$;
 comment on function etl._count_changes(jsonb) is 'Rows inserted, updated and deleted per table since the counters given; and the counters now.';
 revoke all on function etl._count_changes(jsonb) from public;
+grant execute on function etl._count_changes(jsonb) to etl_owner;

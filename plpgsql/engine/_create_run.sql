@@ -94,16 +94,16 @@ return nullif(jsonb_strip_nulls(jsonb_build_object('timeout_ms', procedure.timeo
 comment on function etl._step_settings(etl.procedures, text[]) is 'What the steps of a procedure set for themselves, as it is configured now; null for nothing.';
 revoke all on function etl._step_settings(etl.procedures, text[]) from public;
 
--- Bodies in the SQL standard's form are stored parsed; prosrc is empty then.
+-- Bodies in the SQL standard's form are stored parsed; prosrc is empty then. Not to_regprocedure, which wants the right to use the schema.
 create or replace function etl._definition(procedure etl.procedures) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return md5(concat_ws(E'\n', procedure.call_sql, procedure.isolation, procedure.checks::text,
-    (select coalesce(p.prosqlbody::text, p.prosrc) from pg_catalog.pg_proc p where p.oid = to_regprocedure(procedure.routine_signature))));
-exception when insufficient_privilege then
-  return null;
+    (select coalesce(p.prosqlbody::text, p.prosrc)
+       from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+      where array[n.nspname, p.proname] = parse_ident(procedure.routine_signature, false)::name[] and p.oid::regprocedure::text = procedure.routine_signature)));
 end $$;
-comment on function etl._definition(etl.procedures) is 'Digest of a routine and of how it is called; null when it cannot be looked at.';
+comment on function etl._definition(etl.procedures) is 'Digest of a routine and of how it is called.';
 revoke all on function etl._definition(etl.procedures) from public;
 grant execute on function etl._definition(etl.procedures) to etl_reader;
 

@@ -13,6 +13,7 @@ $$;
 comment on function etl._error_class(text, text) is
   'transient (retried), data_quality, schema_mismatch, resource, cancelled or code, from SQLSTATE and stable code.';
 revoke all on function etl._error_class(text, text) from public;
+grant execute on function etl._error_class(text, text) to etl_owner;
 
 create or replace function etl._remedy(error_class text, sqlstate_ text) returns text
 language sql immutable set search_path = pg_catalog, pg_temp as $$
@@ -35,6 +36,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._remedy(text, text) is 'What to do about an error for which the server gives no hint.';
 revoke all on function etl._remedy(text, text) from public;
+grant execute on function etl._remedy(text, text) to etl_owner;
 
 -- One failure as recorded: the fields of a caught error, completed.
 create or replace function etl._failure(sqlstate_ text, message text, detail text, hint text, context text, order_index int)
@@ -43,11 +45,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object('sqlstate', sqlstate_, 'code', c.code, 'message', message, 'detail', nullif(detail, ''),
            'hint', coalesce(nullif(hint, ''), etl._remedy(etl._error_class(sqlstate_, c.code), sqlstate_)),
            -- What lies beneath the step's own statement is the engine's, and no help.
-           'context', nullif(regexp_replace(context, '(^|\n)[^\n]*\n[^\n]*etl\._execute_(step|refresh).*$', ''), ''), 'order_index', order_index, 'class', etl._error_class(sqlstate_, c.code))
+           'context', nullif(regexp_replace(context, '(^|\n)[^\n]*\n[^\n]*etl\._(call_routine|execute_step|execute_refresh).*$', ''), ''), 'order_index', order_index, 'class', etl._error_class(sqlstate_, c.code))
     from (select coalesce(case when sqlstate_ like 'PT%' then substring(detail from '"code": "([^"]+)"') end, sqlstate_) as code) c
 $$;
 comment on function etl._failure(text, text, text, text, text, int) is 'A caught error as jsonb, with its class, stable code and remedy.';
 revoke all on function etl._failure(text, text, text, text, text, int) from public;
+grant execute on function etl._failure(text, text, text, text, text, int) to etl_owner;
 
 -- A cancel request of a client (Ctrl-C) reaches the backend as two signals on some versions of the server, microseconds
 -- apart: the second one must not hit the bookkeeping that follows the first.

@@ -64,6 +64,7 @@ end $$;
 comment on function etl._apply_settings(jsonb) is
   'Sets timezone, lock_timeout and search_path for a step. Pins no search_path itself, or what it sets would end with it.';
 revoke all on function etl._apply_settings(jsonb) from public;
+grant execute on function etl._apply_settings(jsonb) to etl_owner;
 
 -- A routine that says create temp table if not exists would otherwise use one that the caller has made, with triggers
 -- of the caller's that run as the owner of the steps.
@@ -84,13 +85,11 @@ comment on function etl._check_temporary_objects() is
 revoke all on function etl._check_temporary_objects() from public;
 
 -- One step: settings, the routine, what it changed, checks, watermark, outcome.
-create or replace function etl._execute_step(step etl.procedure_runs, inout seen jsonb, out event jsonb)
+create or replace function etl._execute_step(step etl.procedure_runs, is_last boolean, inout seen jsonb, out event jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
-  v_timeout    text := current_setting('lock_timeout');
-  v_time_zone  text := current_setting('timezone');
-  v_result     record;
+  v_called     record;
   v_rows       bigint;
   v_unmet      jsonb;
   v_counts     record;
@@ -101,30 +100,22 @@ begin
   end if;
   -- A backfill of the same procedure must not read a row, wait for us to write its newer version, and write the older one over it.
   if step.window_until is not null then perform pg_advisory_xact_lock(6435445, step.procedure_id); end if;
-  if step.settings is not null then perform etl._apply_settings(step.settings); end if;
-  -- A procedure without output returns no row to put anywhere.
-  if step.rows_column is null then
-    execute step.statement using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
-  else
-    execute step.statement into v_result using step.mode, step.window_since, step.window_until, step.run_id, step.parameters;
-  end if;
-  if step.settings is not null then
-    perform set_config('search_path', 'pg_catalog, pg_temp', true), set_config('lock_timeout', v_timeout, true), set_config('timezone', v_time_zone, true);
-  end if;
+  v_called := etl._call_routine(step, is_last);
+  if v_called.is_done is not true then perform etl._fail_altered('etl._call_routine'); end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
-  if step.rows_column is not null then v_rows := (to_jsonb(v_result)->>step.rows_column)::numeric; end if;
+  v_rows := v_called.row_count;
   if v_rows is null then
     select coalesce(sum((t.value->>'inserted')::bigint + (t.value->>'updated')::bigint + (t.value->>'deleted')::bigint), 0)
       into v_rows from jsonb_each(v_counts.changes) t;
   end if;
-  if step.settings ? 'checks' then v_unmet := etl._run_checks(step.procedure_name, step.settings->'checks'); end if;
+  if v_called.unmet_checks is not null then v_unmet := etl._judge_checks(step.procedure_name, v_called.unmet_checks); end if;
   if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows); end if;
   event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_unmet);
   if step.window_until <> step.window_goal then perform etl._add_slice(step, step.window_until, step.slice_index + 1); end if;
 end $$;
-comment on function etl._execute_step(etl.procedure_runs, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
-revoke all on function etl._execute_step(etl.procedure_runs, jsonb) from public;
+comment on function etl._execute_step(etl.procedure_runs, boolean, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
+revoke all on function etl._execute_step(etl.procedure_runs, boolean, jsonb) from public;
 
 -- A deadlock names the processes. A lock timeout names nobody: whoever holds a lock for writing, and had it before the step
 -- began, may have been in the way.
@@ -155,15 +146,15 @@ declare
 begin
   -- They are claimed by a backend of this number; that it is this very session, the run lock tells.
   if v_steps = '{}' or not pg_try_advisory_xact_lock_shared(6435443, v_steps[1].lock_key) then perform etl._fail_not_owned(run_id); end if;
+  if pg_current_xact_id_if_assigned() is not null and not coalesce(v_steps[1].settings ? 'is_rehearsed', false) then perform etl._check_nothing_deferred('etl.start_run'); end if;
   if cardinality(v_steps) > 1 then seen := seen || jsonb_build_object('start', seen->'tables'); end if;
   begin
     if pg_my_temp_schema() <> 0 then perform etl._check_temporary_objects(); end if;
     foreach v_step in array v_steps loop
-      v_result := etl._execute_step(v_step, seen);
+      v_result := etl._execute_step(v_step, v_step.order_index = last_order_index, seen);
       seen := v_result.seen;
       v_events := v_events || v_result.event;
     end loop;
-    set constraints all immediate;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
     return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen - 'start')
       || case when v_step.window_until <> v_step.window_goal then '{"goes_on": true}'::jsonb else '{}' end;

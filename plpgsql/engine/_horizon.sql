@@ -127,7 +127,7 @@ begin
     if clock_timestamp() > v_deadline then
       perform etl._fail('PT403', 'watermark.hidden_session',
         format('backend %s is in a transaction and does not show since when, so no timestamp is safe to read up to', v_oldest.hidden[1]),
-        'grant pg_read_all_stats to etl_owner; and track_activities must be on in every session that writes',
+        'grant pg_read_all_stats to etl_engine; and track_activities must be on in every session that writes',
         jsonb_build_object('pids', v_oldest.hidden));
     end if;
     perform pg_sleep(0.005);
@@ -185,16 +185,11 @@ revoke all on function etl._feeding_sequences(oid[], text) from public;
 -- The newest value there is. User's tables are read with the planner's own settings, which etl._claim narrows.
 create or replace function etl._newest(sources text[]) returns text
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = on set enable_bitmapscan = on set enable_sort = on as $$
-declare
-  v_newest text;
 begin
-  if etl._is_query(sources) then
-    execute format('select to_jsonb(q.value) #>> ''{}'' from (%s) q(value)', sources[1]) into v_newest;
-  else
-    execute (select format('select max(q.value) from (%s) q', string_agg(format('select max(%I)::bigint as value from %I.%I', i[3], i[1], i[2]), ' union all '))
-               from (select parse_ident(s) from unnest(sources) s) p(i)) into v_newest;
-  end if;
-  return v_newest;
+  if etl._is_query(sources) then return etl._read_source(format('select to_jsonb(q.value) #>> ''{}'' from (%s) q(value)', sources[1])); end if;
+  return etl._read_source((
+    select format('select max(q.value) from (%s) q', string_agg(format('select max(%I)::bigint as value from %I.%I', i[3], i[1], i[2]), ' union all '))
+      from (select parse_ident(s) from unnest(sources) s) p(i)));
 end $$;
 comment on function etl._newest(text[]) is 'The newest value of a source: what its query returns, or the highest id of its columns.';
 revoke all on function etl._newest(text[]) from public;

@@ -40,7 +40,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
          case when 'false' = any (array_agg(f.concurrency)) then 'false' when 'true' = any (array_agg(f.concurrency)) then 'true' else 'auto' end,
          array_agg(f.order_index order by f.order_index), null,
          case when f.refresh_after = 'run' then (select max(s.scope_index) + 2 from unnest(steps) s) else max(f.scope_index) end,
-         (select count(distinct o.name)::int from fed o where to_regclass(o.name) = any (etl._mv_reads(to_regclass(f.name)))))::etl.plan_item
+         (select count(distinct o.name)::int from fed o where etl._relation(o.name) = any (etl._mv_reads(etl._relation(f.name)))))::etl.plan_item
     from fed f
    where choice is distinct from 'false'
    group by f.refresh_target_id, f.name, f.refresh_after, f.trigger
@@ -72,7 +72,7 @@ begin
                  (select coalesce(array_agg(q.scope_index), '{}')
                     from (select max(o.scope_index) as scope_index from unnest(v_items) o
                            where o.kind = 'refresh' and o.scope_index < i.scope_index
-                             and to_regclass(o.mv_name) = any (etl._mv_reads(to_regclass(i.mv_name)))
+                             and etl._relation(o.mv_name) = any (etl._mv_reads(etl._relation(i.mv_name)))
                            group by o.mv_name) q),
                  i.base, i.depth)::etl.plan_item end order by i.scope_index, i.order_index)
       from unnest(v_items) i);

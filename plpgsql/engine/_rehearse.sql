@@ -10,12 +10,14 @@ declare
   v_seen   jsonb := etl._change_baseline();
   v_name   text := current_setting('application_name');
 begin
+  perform etl._check_nothing_deferred('etl.start_run');
   perform etl._acquire(v_plan.pipeline_id);
   begin
     -- What the helpers announce is about to be undone.
     perform set_config('client_min_messages', 'error', true);
     perform etl._abandon_orphans(v_plan.pipeline_id);
     v_run_id := etl._create_run(request - 'idempotency_key', v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items);
+    update etl.procedure_runs p set settings = coalesce(p.settings, '{}') || '{"is_rehearsed": true}' where p.run_id = v_run_id;
     loop
       v_next := etl._claim(v_run_id, v_result, v_next.required_by <> '{}' or v_next.precedes <> '{}');
       exit when v_next.scope_index is null;

@@ -10,12 +10,12 @@ declare
   v_value text;
 begin
   perform set_config('timezone', coalesce(procedure.watermark_time_zone, v_zone), true);
-  execute (
+  v_value := etl._read_source((
     select format('select to_jsonb(q.value) #>> ''{}'' from (%s) q order by q.value limit 1', string_agg(format(
              '(select %1$I::%4$s as value from %2$I.%3$I where %1$I is not null' || case when v_from is not null then ' and %1$I >= $1::%4$s' else '' end
              || case when procedure.watermark_strategy = 'timestamp' then ' and %1$I > ''-infinity''' else '' end
              || ' order by %1$I limit 1)', i[3], i[1], i[2], v_type), ' union all '))
-      from (select parse_ident(s) from unnest(procedure.watermark_sources) s) x(i)) into v_value using v_from;
+      from (select parse_ident(s) from unnest(procedure.watermark_sources) s) x(i)), v_from);
   perform set_config('timezone', v_zone, true);
   return v_value;
 end $$;

@@ -95,12 +95,12 @@ declare
 begin
   if etl._is_query(procedure.watermark_sources) then return since is distinct from until; end if;
   perform set_config('timezone', coalesce(procedure.watermark_time_zone, v_zone), true);
-  execute (
+  v_exists := etl._read_source((
     select 'select ' || string_agg(format(
              case when procedure.watermark_strategy = 'xid' then 'exists (select from %2$I.%3$I where etl.arrived(%1$I, $1::pg_snapshot, $2::pg_snapshot))'
                   when since is null then 'exists (select from %2$I.%3$I where %1$I < $2::%4$s)'
                   else 'exists (select from %2$I.%3$I where %1$I >= $1::%4$s and %1$I < $2::%4$s)' end, i[3], i[1], i[2], v_type), ' or ')
-      from (select parse_ident(s) from unnest(procedure.watermark_sources) s) x(i)) into v_exists using since, until;
+      from (select parse_ident(s) from unnest(procedure.watermark_sources) s) x(i)), since, until);
   perform set_config('timezone', v_zone, true);
   return v_exists;
 end $$;

@@ -1,6 +1,10 @@
 -- First part of every install and upgrade, inside its one transaction: lock, refusals, roles, schema, ledger.
 --
 -- Re-runnable. The caller has set b2s.version (the release being installed) for this transaction.
+--
+-- Two roles as which nobody logs in keep what is recorded out of the reach of what is run. etl_engine owns schema etl, its tables
+-- and its routines. etl_owner is who the routines of a team run as: it may read in schema etl, and owns the few routines there
+-- that run what the team wrote (steps/).
 
 set local client_min_messages = warning;
 
@@ -19,49 +23,110 @@ end $$;
 -- Roles are shared by all databases of a server: another database may create them at the same moment.
 do $$
 declare
-  v_role text;
+  v_set  text := case when current_setting('server_version_num')::int >= 160000 then 'set' else 'member' end;
+  v_need record;
 begin
-  foreach v_role in array array['etl_owner', 'etl_admin', 'etl_operator', 'etl_reader'] loop
-    if not exists (select from pg_catalog.pg_roles where rolname = v_role) then
-      begin
-        execute format('create role %I nologin', v_role);
-      exception
-        when duplicate_object or unique_violation then null;
-        when insufficient_privilege then
-          raise exception using errcode = 'PT403',
-            message = format('role %I does not exist and %I may not create it', v_role, current_user),
-            hint = 'let a role with CREATEROLE run: create role etl_owner nologin; create role etl_admin nologin; '
-                   'create role etl_operator nologin; create role etl_reader nologin; '
-                   'grant etl_reader to etl_operator; grant etl_operator to etl_admin; grant pg_read_all_stats to etl_owner; '
-                || format('grant etl_owner to %I;', current_user);
-      end;
-    end if;
-  end loop;
-  if not pg_has_role('etl_operator', 'etl_reader', 'member') then grant etl_reader to etl_operator; end if;
-  if not pg_has_role('etl_admin', 'etl_operator', 'member') then grant etl_operator to etl_admin; end if;
-  -- From 16 on, whoever creates a role administers it but may not SET ROLE to it before granting it to itself.
-  if not pg_has_role(current_user, 'etl_owner', case when current_setting('server_version_num')::int >= 160000 then 'set' else 'member' end) then
+  for v_need in
+    with need(n, statement, problem) as (
+      select 1, format('create role %I nologin;', r.name), format('role %I does not exist and %I may not create it', r.name, current_user)
+        from unnest(array['etl_engine', 'etl_owner', 'etl_admin', 'etl_operator', 'etl_reader', 'etl_frontend']) r(name) where to_regrole(r.name) is null
+      union all
+      select 2, format('grant %I to %I;', g.role, g.member), format('%I is not a member of %I and %I may not grant that', g.member, g.role, current_user)
+        from (values ('etl_reader', 'etl_operator'), ('etl_operator', 'etl_admin'), ('etl_reader', 'etl_owner')) g(role, member)
+       where pg_has_role(to_regrole(g.member)::oid, to_regrole(g.role)::oid, 'member') is not true
+      union all
+      -- An earlier release read statistics, and sent signals, as etl_owner.
+      select 3, format('grant %I to etl_engine;', g.role), format('etl_owner is a member of %I, etl_engine is not, and %I may not grant it', g.role, current_user)
+        from unnest(array['pg_read_all_stats', 'pg_signal_backend']) g(role)
+       where pg_has_role(to_regrole('etl_owner')::oid, to_regrole(g.role)::oid, 'usage') and pg_has_role(to_regrole('etl_engine')::oid, to_regrole(g.role)::oid, 'usage') is not true
+      union all
+      -- From 16 on, whoever creates a role administers it but may not SET ROLE to it before granting it to itself.
+      select 4, format('grant %I to %I;', r.name, current_user), format('%I is not a member of role %I', current_user, r.name)
+        from unnest(array['etl_engine', 'etl_owner']) r(name) where pg_has_role(current_user, to_regrole(r.name)::oid, v_set) is not true
+    )
+    select need.*, string_agg(need.statement, ' ') over () as all_statements from need order by need.n
+  loop
     begin
-      execute format('grant etl_owner to %I', current_user);
-    exception when insufficient_privilege then
-      raise exception using errcode = 'PT403',
-        message = format('%I is not a member of role etl_owner, which owns schema etl', current_user),
-        hint = format('let an administrator run: grant etl_owner to %I', current_user);
+      execute v_need.statement;
+    exception
+      when duplicate_object or unique_violation then null;
+      when insufficient_privilege then
+        raise exception using errcode = 'PT403', message = v_need.problem,
+          hint = 'let an administrator run: ' || v_need.all_statements
+            || case when v_need.n = 1 then ' grant pg_read_all_stats to etl_engine;' else '' end;
     end;
-  end if;
-  begin
-    create schema if not exists etl authorization etl_owner;
-  exception when insufficient_privilege then
-    raise exception using errcode = 'PT403',
-      message = format('%I may not create schema etl in database %I', current_user, current_database()),
-      hint = format('let the owner of the database run: grant create on database %I to %I', current_database(), current_user);
-  end;
-  if (select nspowner::regrole::text from pg_catalog.pg_namespace where nspname = 'etl') <> 'etl_owner' then
+  end loop;
+end $$;
+
+do $$
+begin
+  if (select n.nspowner::regrole::text from pg_catalog.pg_namespace n where n.nspname = 'etl') not in ('etl_engine', 'etl_owner') then
     raise exception using errcode = 'PT409',
       message = 'this database has a schema etl that is not b2s''s',
-      detail = (select format('schema etl belongs to role %s', nspowner::regrole) from pg_catalog.pg_namespace where nspname = 'etl'),
+      detail = (select format('schema etl belongs to role %s', n.nspowner::regrole) from pg_catalog.pg_namespace n where n.nspname = 'etl'),
       hint = 'rename that schema, or install b2s into another database';
   end if;
+  -- Whoever installs need not inherit what its roles may do.
+  perform set_config('b2s.installer', current_setting('role'), true), set_config('role', 'etl_owner', true);
+end $$;
+
+do $$
+declare
+  v_version text;
+  v_active  text;
+begin
+  if to_regclass('etl.installation') is not null then execute 'select version from etl.installation' into v_version; end if;
+  if string_to_array(v_version, '.')::int[] > string_to_array(current_setting('b2s.version'), '.')::int[] then
+    raise exception using errcode = 'PT409',
+      message = format('this database has b2s %s, newer than the %s being installed', v_version, current_setting('b2s.version')),
+      hint = 'upgrade the b2s package instead: pip install --upgrade b2s';
+  end if;
+  if to_regclass('etl.runs') is not null then
+    -- A run whose advisory lock nobody holds is dead and does not stand in the way.
+    execute $q$
+      select string_agg(format('%s (backend %s)', r.run_id, l.pid), ', ')
+        from etl.runs r
+        join pg_catalog.pg_locks l on l.locktype = 'advisory' and l.classid = 6435443
+         and l.objid = (case r.kind when 'backfill' then -(r.run_id % 2147483647)::int else r.pipeline_id end)::oid
+         and l.objsubid = 2 and l.granted and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
+       where r.status = 'running' $q$ into v_active;
+    if v_active is not null then
+      raise exception using errcode = 'PT409',
+        message = format('run %s is active: its routines cannot be replaced under it', v_active),
+        hint = 'wait until it has ended, or stop it: select etl.cancel_run(run_id, reason => ''upgrade'')';
+    end if;
+  end if;
+  perform set_config('role', current_setting('b2s.installer'), true);
+end $$;
+
+-- A release before etl_engine left everything to etl_owner.
+do $$
+declare
+  v_object text;
+begin
+  begin
+    create schema if not exists etl authorization etl_engine;
+    if (select n.nspowner::regrole::text from pg_catalog.pg_namespace n where n.nspname = 'etl') = 'etl_engine' then return; end if;
+    alter schema etl owner to etl_engine;
+  exception when insufficient_privilege then
+    raise exception using errcode = 'PT403',
+      message = format('%I may not create schema etl in database %I, or give it to etl_engine', current_user, current_database()),
+      hint = format('let the owner of the database run: grant create on database %I to %I', current_database(), current_user);
+  end;
+  for v_object in
+    select format('%s %s', case c.relkind when 'v' then 'view' else 'table' end, c.oid::regclass) from pg_catalog.pg_class c
+     where c.relnamespace = 'etl'::regnamespace and c.relkind in ('r', 'p', 'v')
+    union all
+    select format('type %s', t.oid::regtype) from pg_catalog.pg_type t
+     where t.typnamespace = 'etl'::regnamespace and (t.typtype in ('d', 'e') or exists (select from pg_catalog.pg_class c where c.oid = t.typrelid and c.relkind = 'c'))
+    union all
+    select format('routine %s', p.oid::regprocedure) from pg_catalog.pg_proc p where p.pronamespace = 'etl'::regnamespace
+  loop
+    execute format('alter %s owner to etl_engine', v_object);
+  end loop;
+exception when insufficient_privilege then
+  raise exception using errcode = 'PT403', message = format('%I may not give schema etl to etl_engine: %s', current_user, sqlerrm),
+    hint = 'install once as a role that inherits etl_owner and etl_engine, or as a superuser';
 end $$;
 
 -- Windows of timestamps end where the oldest open transaction began, which the server shows to members of pg_read_all_stats
@@ -69,20 +134,20 @@ end $$;
 -- timestamps nothing needs it, so an install does without; b2s doctor reminds of it.
 do $$
 begin
-  if pg_has_role('etl_owner', 'pg_read_all_stats', 'usage') then return; end if;
-  grant pg_read_all_stats to etl_owner;
+  if pg_has_role('etl_engine', 'pg_read_all_stats', 'usage') then return; end if;
+  grant pg_read_all_stats to etl_engine;
 exception
   when unique_violation then null;
   when insufficient_privilege then
     raise warning using
-      message = format('%I may not grant pg_read_all_stats to etl_owner: windows of timestamps are refused while somebody else is in a transaction', current_user),
-      hint = 'let an administrator run: grant pg_read_all_stats to etl_owner';
+      message = format('%I may not grant pg_read_all_stats to etl_engine: windows of timestamps are refused while somebody else is in a transaction', current_user),
+      hint = 'let an administrator run: grant pg_read_all_stats to etl_engine';
 end $$;
 
-set local role etl_owner;
+set local role etl_engine;
+grant usage on schema etl to etl_reader;
 -- Routines may name others that a later file creates.
 set local check_function_bodies = off;
-
 
 create table if not exists etl.migrations (
   name        text primary key,
@@ -122,30 +187,3 @@ end $$;
 comment on function etl._begin_migration(text, text) is
   'Records a migration as applied and says whether its file must be run now. Raises PT409 if the file differs from the one applied.';
 revoke all on function etl._begin_migration(text, text) from public;
-
-do $$
-declare
-  v_version text := (select version from etl.installation);
-  v_active  text;
-begin
-  if string_to_array(v_version, '.')::int[] > string_to_array(current_setting('b2s.version'), '.')::int[] then
-    raise exception using errcode = 'PT409',
-      message = format('this database has b2s %s, newer than the %s being installed', v_version, current_setting('b2s.version')),
-      hint = 'upgrade the b2s package instead: pip install --upgrade b2s';
-  end if;
-  if to_regclass('etl.runs') is not null then
-    -- A run whose advisory lock nobody holds is dead and does not stand in the way.
-    execute $q$
-      select string_agg(format('%s (backend %s)', r.run_id, l.pid), ', ')
-        from etl.runs r
-        join pg_catalog.pg_locks l on l.locktype = 'advisory' and l.classid = 6435443
-         and l.objid = (case r.kind when 'backfill' then -(r.run_id % 2147483647)::int else r.pipeline_id end)::oid
-         and l.objsubid = 2 and l.granted and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
-       where r.status = 'running' $q$ into v_active;
-    if v_active is not null then
-      raise exception using errcode = 'PT409',
-        message = format('run %s is active: its routines cannot be replaced under it', v_active),
-        hint = 'wait until it has ended, or stop it: select etl.cancel_run(run_id, reason => ''upgrade'')';
-    end if;
-  end if;
-end $$;

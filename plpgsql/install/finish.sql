@@ -18,5 +18,4 @@ begin
     set version = excluded.version, installed_at = clock_timestamp(), installed_by = session_user;
 end $$;
 
-grant usage on schema etl to etl_reader;
 grant select on all tables in schema etl to etl_reader;

@@ -6,8 +6,13 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from b2s.errors import UsageError
+
+
+_FRAME: Final = ("install/begin.sql", "install/migration.sql", "install/finish.sql")
+"""What stands around the migrations and the code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ def load_manifest(root: Path | None = None) -> Manifest:
             name = match[1]
         elif match := re.fullmatch(r"\\set sha256 ([0-9a-f]{64})", line):
             migrations.append(_read_migration(root, name, match[1]))
-        elif (match := re.fullmatch(r"\\ir (\S+)", line)) and not match[1].startswith("install/"):
+        elif (match := re.fullmatch(r"\\ir (\S+)", line)) and match[1] not in _FRAME:
             code.append((folder / match[1]).read_text(encoding="utf-8"))
     begin, finish = (
         (folder / "install" / part).read_text(encoding="utf-8") for part in ("begin.sql", "finish.sql")
