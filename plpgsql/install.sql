@@ -80,8 +80,8 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir install/steps_begin.sql
 \ir steps/_call_routine.sql
 \ir steps/_read_source.sql
-\ir steps/_refresh.sql
-\ir steps/_restamp.sql
+\ir steps/_refresh_view.sql
+\ir steps/_restamp_source.sql
 \ir steps/_test_contract.sql
 \ir install/steps_end.sql
 

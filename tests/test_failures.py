@@ -77,8 +77,8 @@ def test_a_step_whose_watermark_was_moved_under_it_keeps_nothing(pipeline: Pipel
     with pipeline.gate() as gate:
         started = pipeline.start_in_background()
         gate.wait_for_arrivals()
-        pipeline.sql("insert into etl.state (state_key, strategy, last_success_watermark)"
-                     " values ('load', 'timestamp', '2024-06-01T00:00:00+00:00')")  # fmt: skip
+        pipeline.value("insert into etl.state (state_key, strategy, last_success_watermark)"
+                     " values ('load', 'timestamp', '2024-06-01T00:00:00+00:00') returning 1")  # fmt: skip
         gate.open()
         run = started.result()
     assert pipeline.step(run.run_id, "load")["error_code"] == "watermark.moved"

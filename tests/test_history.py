@@ -81,13 +81,13 @@ def test_history_cannot_be_rewritten_by_any_role(pipeline: Pipeline) -> None:
 
     before = history()
     assert all(before)
-    for role in ("none", "etl_owner"):
+    for role in ("none", "etl_engine"):
         pipeline.conn.execute(f"set role {role}".encode())
         for change in CHANGES:
             with refused("PT409", "history.immutable") as refusal:
                 pipeline.conn.execute(change.encode())
             assert "cannot be changed" in refusal.message
-    for role in ("etl_admin", "etl_operator", "etl_reader"):
+    for role in ("etl_owner", "etl_admin", "etl_operator", "etl_reader"):
         pipeline.conn.execute(f"set role {role}".encode())
         for change in CHANGES:
             with pytest.raises(psycopg.errors.InsufficientPrivilege):

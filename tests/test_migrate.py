@@ -221,6 +221,60 @@ def test_an_upgrade_ends_where_a_fresh_install_ends_and_keeps_the_data(
         ]
 
 
+GIVE_BACK = """
+do $$
+declare v_object text;
+begin
+  for v_object in
+    select 'routine ' || oid::regprocedure from pg_proc where pronamespace = 'etl'::regnamespace
+    union all
+    select 'type ' || oid::regtype from pg_type t where typnamespace = 'etl'::regnamespace
+       and (typtype in ('d', 'e') or typrelid in (select oid from pg_class where relkind = 'c'))
+    union all
+    select case relkind when 'v' then 'view ' else 'table ' end || oid::regclass from pg_class
+     where relnamespace = 'etl'::regnamespace and relkind in ('r', 'v')
+  loop
+    execute format('alter %s owner to etl_owner', v_object);
+  end loop;
+end $$;
+alter schema etl owner to etl_owner;
+drop function etl._call_routine(etl.procedure_runs, boolean), etl._read_source(text, text, text),
+  etl._find_routine(text), etl._refresh_view(text, text), etl._restamp_source(text, text[], xid8),
+  etl._test_contract(jsonb, text, text);
+create function etl._refresh(mv_name text, concurrency text, out is_concurrent boolean, out warning text)
+  language sql as 'select true, null::text';
+alter function etl._refresh owner to etl_owner;
+"""
+"""Makes of an installation one of release 0.1.0, where everything belonged to etl_owner."""
+
+
+def test_an_installation_in_which_everything_belongs_to_etl_owner_is_taken_over(
+    private_server: Server,
+) -> None:
+    database, reference = private_server.create_database(), private_server.create_database()
+    conn = database.connect()
+    conn.execute("create role deployer login createrole")
+    for one in (database, reference):
+        conn.execute(f"grant create on database {one.name} to deployer")
+        migrate(f"{one.dsn} user=deployer")
+    conn.execute("insert into etl.pipelines (name) values ('kept')")
+    conn.execute(GIVE_BACK)
+    conn.execute("revoke etl_engine from deployer cascade")
+    conn.execute("grant pg_read_all_stats to etl_owner")
+    conn.execute("revoke pg_read_all_stats from etl_engine cascade")
+    if private_server.major >= 16:
+        error = raised(lambda: migrate(f"{database.dsn} user=deployer"))
+        assert "etl_owner is a member of pg_read_all_stats, etl_engine is not" in str(error)
+        assert "grant pg_read_all_stats to etl_engine; grant etl_engine to deployer;" in str(error.hint)
+        for statement in str(error.hint).partition(": ")[2].split("; "):
+            conn.execute(statement.encode())
+    migrate(f"{database.dsn} user=deployer")
+    assert fingerprint(conn) == fingerprint(reference.connect())
+    assert conn.execute("select name from etl.pipelines").fetchall() == [("kept",)]
+    for one in (database, reference):
+        one.drop()
+
+
 def test_a_new_migration_of_a_later_release_is_applied_once(db: Database, sql_copy: Path) -> None:
     add_migration(
         sql_copy,
@@ -233,7 +287,7 @@ def test_a_new_migration_of_a_later_release_is_applied_once(db: Database, sql_co
     assert conn.execute("select count(*) from etl.migrations where name = '9001_notes'").fetchone() == (1,)
     assert conn.execute(
         "select pg_get_userbyid(relowner) from pg_class where oid = 'etl.notes'::regclass"
-    ).fetchone() == ("etl_owner",)
+    ).fetchone() == ("etl_engine",)
 
 
 def test_twenty_migrates_at_once_on_an_empty_database_all_succeed_and_install_once(
@@ -260,24 +314,28 @@ def test_databases_of_one_new_server_can_be_migrated_at_the_same_moment(private_
             database.drop()
         if attempt < 2:
             with private_server.connect() as conn:
-                conn.execute("drop role etl_owner, etl_admin, etl_operator, etl_reader")
+                conn.execute("drop role etl_engine, etl_frontend, etl_owner, etl_admin, etl_operator, etl_reader")
 
 
-def test_everything_in_schema_etl_belongs_to_etl_owner(db: Database) -> None:
+def test_everything_in_schema_etl_belongs_to_the_engine_but_what_runs_the_team_s_code(db: Database) -> None:
     owners = (
         db.connect()
         .execute(
             """select 'schema', nspowner::regrole::text from pg_namespace where nspname = 'etl'
            union select 'relation', relowner::regrole::text from pg_class
              where relnamespace = 'etl'::regnamespace
-           union select 'routine', proowner::regrole::text from pg_proc
-             where pronamespace = 'etl'::regnamespace
+           union select case proowner::regrole::text when 'etl_engine' then 'routine' else proname end,
+             proowner::regrole::text from pg_proc where pronamespace = 'etl'::regnamespace
            union select 'type', typowner::regrole::text from pg_type
              where typnamespace = 'etl'::regnamespace"""
         )
         .fetchall()
     )
-    assert sorted(owners) == [(kind, "etl_owner") for kind in ("relation", "routine", "schema", "type")]
+    steps = ("_call_routine", "_find_routine", "_read_source", "_refresh_view", "_restamp_source", "_test_contract")
+    assert sorted(owners) == [
+        *((name, "etl_owner") for name in steps),
+        *((kind, "etl_engine") for kind in ("relation", "routine", "schema", "type")),
+    ]
 
 
 def test_the_roles_cannot_log_in_and_each_includes_the_one_below(db: Database) -> None:
@@ -285,8 +343,10 @@ def test_the_roles_cannot_log_in_and_each_includes_the_one_below(db: Database) -
     logins = conn.execute(
         "select rolname, rolcanlogin, rolsuper from pg_roles where rolname like 'etl\\_%' order by 1"
     ).fetchall()
-    assert [row for row in logins if row[0] in {"etl_admin", "etl_operator", "etl_owner", "etl_reader"}] == [
+    assert logins == [
         ("etl_admin", False, False),
+        ("etl_engine", False, False),
+        ("etl_frontend", False, False),
         ("etl_operator", False, False),
         ("etl_owner", False, False),
         ("etl_reader", False, False),
@@ -297,10 +357,18 @@ def test_the_roles_cannot_log_in_and_each_includes_the_one_below(db: Database) -
         ("etl_operator", "etl_reader"),
         ("etl_reader", "etl_operator"),
         ("etl_admin", "etl_owner"),
+        ("etl_owner", "etl_reader"),
+        ("etl_owner", "etl_engine"),
+        ("etl_engine", "etl_owner"),
+        ("etl_frontend", "etl_reader"),
     ]
     assert [conn.execute(member, pair).fetchone() for pair in ladder] == [
         (True,),
         (True,),
+        (False,),
+        (False,),
+        (True,),
+        (False,),
         (False,),
         (False,),
     ]
@@ -524,9 +592,9 @@ def test_a_role_without_createrole_is_told_which_grants_to_ask_for_and_installs_
 
     no_roles = raised(lambda: migrate(as_plain))
     assert no_roles.sqlstate == "PT403"
-    assert "role etl_owner does not exist and plain may not create it" in str(no_roles)
+    assert "role etl_engine does not exist and plain may not create it" in str(no_roles)
     hint = str(no_roles.hint).partition(": ")[2]
-    assert "grant etl_owner to plain" in hint
+    assert "grant etl_engine to plain; grant etl_owner to plain" in hint
     grants = [grant.strip() for grant in hint.split(";") if grant.strip()]
 
     for grant in grants:
@@ -540,7 +608,7 @@ def test_a_role_without_createrole_is_told_which_grants_to_ask_for_and_installs_
     database.drop()
 
 
-def test_a_role_that_is_not_in_etl_owner_is_told_so(db: Database) -> None:
+def test_a_role_that_is_not_in_the_roles_that_own_is_told_so(db: Database) -> None:
     conn = db.connect()
     role = f"stranger_{db.name}"
     conn.execute(f"create role {role} login")
@@ -549,8 +617,8 @@ def test_a_role_that_is_not_in_etl_owner_is_told_so(db: Database) -> None:
     finally:
         conn.execute(f"drop role {role}")
     assert error.sqlstate == "PT403"
-    assert f"{role} is not a member of role etl_owner" in str(error)
-    assert f"grant etl_owner to {role}" in str(error.hint)
+    assert f"{role} is not a member of role etl_engine" in str(error)
+    assert f"grant etl_engine to {role}; grant etl_owner to {role};" in str(error.hint)
 
 
 # -- dry run and pending --

@@ -481,7 +481,7 @@ def alone(private_server: Server) -> Iterator[Database]:
 
 
 def may_see(conn: Connection) -> bool:
-    found = conn.execute("select pg_has_role('etl_owner', 'pg_read_all_stats', 'usage')").fetchone()
+    found = conn.execute("select pg_has_role('etl_engine', 'pg_read_all_stats', 'usage')").fetchone()
     return found == (True,)
 
 
@@ -495,10 +495,10 @@ def test_an_install_lets_the_owner_see_when_others_began_and_the_doctor_says_whe
         pipeline.sql(BRONZE)
         add(pipeline, "timestamp")
         pipeline.apply()
-        conn.execute("revoke pg_read_all_stats from etl_owner")
+        conn.execute("revoke pg_read_all_stats from etl_engine")
         query = "select status, remedy from etl.diagnose() where check_name = 'pg_read_all_stats'"
         (found,) = pipeline.rows(query)
-        assert found == {"status": "fail", "remedy": "grant pg_read_all_stats to etl_owner"}
+        assert found == {"status": "fail", "remedy": "grant pg_read_all_stats to etl_engine"}
         conn.execute(found["remedy"].encode())
         assert pipeline.rows(query) == []
     assert capsys.readouterr().err == ""
@@ -518,9 +518,9 @@ def test_who_may_not_grant_it_installs_all_the_same_and_is_told(
         return
     assert not may_see(conn)
     assert told == (
-        "warning: deployer may not grant pg_read_all_stats to etl_owner: "
+        "warning: deployer may not grant pg_read_all_stats to etl_engine: "
         "windows of timestamps are refused while somebody else is in a transaction\n"
-        "hint: let an administrator run: grant pg_read_all_stats to etl_owner\n"
+        "hint: let an administrator run: grant pg_read_all_stats to etl_engine\n"
     )
     conn.execute("grant pg_read_all_stats to deployer with admin option")
     migrate(f"{alone.dsn} user=deployer")
@@ -536,12 +536,15 @@ def test_the_owner_that_may_not_see_refuses_windows_of_timestamps_and_names_the_
         pipeline.sql(BRONZE)
         add(pipeline, "timestamp")
         pipeline.apply()
-        pipeline.conn.execute("revoke pg_read_all_stats from etl_owner")
+        pipeline.conn.execute("revoke pg_read_all_stats from etl_engine")
         stranger = pipeline.login("etl_reader")
         stranger.autocommit = False
         stranger.execute("select 1")
         assert "does not show since when" in row(pipeline, "by_timestamp")["problem"]
         with refused("PT403", "watermark.hidden_session") as refusal:
-            pipeline.sql("select etl._upper_bound('timestamp', 'k', '{bronze.orders.ingested_at}', 0, 0)")
-        assert refusal.hint.startswith("grant pg_read_all_stats to etl_owner")
+            pipeline.conn.execute(
+                "set role etl_engine;"
+                " select etl._upper_bound('timestamp', 'k', '{bronze.orders.ingested_at}', 0, 0)"
+            )
+        assert refusal.hint.startswith("grant pg_read_all_stats to etl_engine")
         stranger.close()

@@ -561,7 +561,7 @@ def test_a_session_that_hides_its_transaction_is_waited_for_and_then_refused(wat
     step = watch.run()
     if watch.strategy == "timestamp":
         assert (step["status"], step["error_code"]) == ("failed", "watermark.hidden_session")
-        assert "grant pg_read_all_stats to etl_owner" in step["error_hint"]
+        assert "grant pg_read_all_stats to etl_engine" in step["error_hint"]
         assert watch.pipeline.watermark("load") is None
     else:
         assert step["status"] == "succeeded"
@@ -597,7 +597,7 @@ def test_a_session_that_shows_itself_too_late_is_still_hidden(by_time: Watch) ->
 def test_without_the_right_to_see_sessions_a_window_of_timestamps_is_refused(private_server: Server) -> None:
     with private_server.connect() as conn:
         database = private_server.create_database(template=private_server.migrated_template())
-        conn.execute("revoke pg_read_all_stats from etl_owner")
+        conn.execute("revoke pg_read_all_stats from etl_engine")
         with Watch(database, "timestamp") as watch:
             watch.configure()
             writer = watch.session()
@@ -608,7 +608,7 @@ def test_without_the_right_to_see_sessions_a_window_of_timestamps_is_refused(pri
             assert watch.catch_up() == ["late"]
             writer.execute("begin")
             watch.insert("later", writer)
-            conn.execute("grant pg_read_all_stats to etl_owner")
+            conn.execute("grant pg_read_all_stats to etl_engine")
             assert watch.run()["status"] == "succeeded"
             writer.execute("commit")
             assert watch.catch_up() == ["late", "later"]

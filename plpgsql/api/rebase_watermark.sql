@@ -44,7 +44,7 @@ begin
     from etl.state s where s.state_key = any (v_keys);
   perform set_config('b2s.rebase', 'on', true);
   for v_source in select distinct s from unnest(v_procedures) p cross join unnest(p.watermark_sources) s order by s loop
-    v_count := v_count + etl._restamp(v_source, v_read, coalesce(v_restored, '0'));
+    v_count := v_count + etl._restamp_source(v_source, v_read, coalesce(v_restored, '0'));
   end loop;
   perform set_config('b2s.rebase', 'off', true);
   for v_state in select * from etl.state s where s.state_key = any (v_keys) and s.last_success_watermark is not null loop

@@ -100,8 +100,10 @@ language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return md5(concat_ws(E'\n', procedure.call_sql, procedure.isolation, procedure.checks::text,
     (select coalesce(p.prosqlbody::text, p.prosrc)
-       from pg_catalog.pg_proc p join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-      where array[n.nspname, p.proname] = parse_ident(procedure.routine_signature, false)::name[] and p.oid::regprocedure::text = procedure.routine_signature)));
+       from parse_ident(procedure.routine_signature, false) i
+       join pg_catalog.pg_namespace n on n.nspname = i[1]
+       join pg_catalog.pg_proc p on p.proname = i[2] and p.pronamespace = n.oid
+      where p.oid::regprocedure::text = procedure.routine_signature)));
 end $$;
 comment on function etl._definition(etl.procedures) is 'Digest of a routine and of how it is called.';
 revoke all on function etl._definition(etl.procedures) from public;

@@ -26,7 +26,7 @@ begin
   select * into strict v_refresh from etl.mv_refreshes m
    where m.run_id = _execute_refresh.run_id and m.scope_index = _execute_refresh.scope_index and m.status = 'running' and m.worker_pid = pg_backend_pid();
   begin
-    v_done := etl._refresh(v_refresh.mv_name, v_refresh.concurrency);
+    v_done := etl._refresh_view(v_refresh.mv_name, v_refresh.concurrency);
     update etl.mv_refreshes m
        set status = 'succeeded', ended_at = clock_timestamp(), is_concurrent = v_done.is_concurrent, warning = v_done.warning
      where m.run_id = v_refresh.run_id and m.scope_index = v_refresh.scope_index

@@ -1,12 +1,17 @@
 -- One value read from the tables of the team, with a statement that was put together from names the server has resolved, or with the
 -- query that is the source of a watermark. It may write nothing: what it left for the end of the transaction would run as whoever called.
 create or replace function etl._read_source(query text, first text default null, second text default null) returns text
-language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set transaction_read_only = on as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_value text;
 begin
   if current_user operator(pg_catalog.<>) 'etl_owner' then perform etl._fail_altered('etl._read_source'); end if;
-  execute query into v_value using first, second;
+  -- Read only until the subtransaction ends: a setting of the function would do, but servers from 17 on refuse that.
+  begin
+    perform set_config('transaction_read_only', 'on', true);
+    execute query into v_value using first, second;
+  exception when assert_failure then raise;
+  end;
   return v_value;
 end $$;
 comment on function etl._read_source(text, text, text) is 'The value that a query ($1, $2) returns, read as etl_owner, in a transaction that may not write meanwhile.';

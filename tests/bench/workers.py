@@ -172,7 +172,7 @@ def long(dsn: str, steps: int) -> bool:
         build(conn, "long", [body], needs)
         conn.execute("create table long.memory (at timestamptz, pid int, total bigint, used bigint)")
         conn.execute("alter table long.memory owner to etl_owner")
-        conn.execute("grant pg_read_all_stats to etl_owner")
+        conn.execute("grant pg_read_all_stats to etl_engine")
         is_flat = True
         for sessions in (1, 2):
             conn.execute("truncate long.memory")
