@@ -75,6 +75,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_contract_copy.sql
 \ir engine/_contract_checks.sql
 \ir engine/_contract_findings.sql
+\ir engine/_diagnose_engine.sql
 
 -- What runs as etl_owner
 \ir install/steps_begin.sql

@@ -314,7 +314,9 @@ def test_databases_of_one_new_server_can_be_migrated_at_the_same_moment(private_
             database.drop()
         if attempt < 2:
             with private_server.connect() as conn:
-                conn.execute("drop role etl_engine, etl_frontend, etl_owner, etl_admin, etl_operator, etl_reader")
+                conn.execute(
+                    "drop role etl_engine, etl_frontend, etl_owner, etl_admin, etl_operator, etl_reader"
+                )
 
 
 def test_everything_in_schema_etl_belongs_to_the_engine_but_what_runs_the_team_s_code(db: Database) -> None:
@@ -331,7 +333,14 @@ def test_everything_in_schema_etl_belongs_to_the_engine_but_what_runs_the_team_s
         )
         .fetchall()
     )
-    steps = ("_call_routine", "_find_routine", "_read_source", "_refresh_view", "_restamp_source", "_test_contract")
+    steps = (
+        "_call_routine",
+        "_find_routine",
+        "_read_source",
+        "_refresh_view",
+        "_restamp_source",
+        "_test_contract",
+    )
     assert sorted(owners) == [
         *((name, "etl_owner") for name in steps),
         *((kind, "etl_engine") for kind in ("relation", "routine", "schema", "type")),

@@ -237,6 +237,8 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   with found as materialized (
     select 1 as part, f.* from etl._diagnose_session() f
     union all
+    select 1, f.* from etl._diagnose_engine() f
+    union all
     select 2, f.* from etl._diagnose_pipelines() f
     union all
     select 3, f.* from etl._diagnose_procedures() f
@@ -247,7 +249,7 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     union all
     select 4, f.* from etl._diagnose_horizons() f
   ), sound(part, check_name, detail) as (
-    values (2, 'run', 'no run is dead'), (2, 'run lock', 'held by living runs only'), (2, 'full refresh', 'not frozen'),
+    values (1, 'engine', 'as it was installed'), (2, 'run', 'no run is dead'), (2, 'run lock', 'held by living runs only'), (2, 'full refresh', 'not frozen'),
            (3, 'routine', 'all configured routines exist and fit'), (3, 'source', 'etl_owner may read every watermark column'),
            (3, 'materialized view', 'all can be refreshed while they are read'),
            (4, 'watermark', 'every source is as its strategy needs it'), (4, 'horizon', 'nobody holds a window back')

@@ -101,7 +101,6 @@ begin
   -- A backfill of the same procedure must not read a row, wait for us to write its newer version, and write the older one over it.
   if step.window_until is not null then perform pg_advisory_xact_lock(6435445, step.procedure_id); end if;
   v_called := etl._call_routine(step, is_last);
-  if v_called.is_done is not true then perform etl._fail_altered('etl._call_routine'); end if;
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
   v_rows := v_called.row_count;

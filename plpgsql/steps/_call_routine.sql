@@ -3,7 +3,7 @@
 -- The routines of this folder belong to etl_owner, and are the only ones as which code of the team runs. Their owner may alter them, so a
 -- hostile step may; it may not replace them, for want of the right to create anything in schema etl. Each says first who it runs as: made
 -- a SECURITY INVOKER it would run the next step as etl_engine. That line names its operator in full, whatever search_path it was given.
-create or replace function etl._call_routine(step etl.procedure_runs, is_last boolean, out row_count numeric, out unmet_checks jsonb, out is_done boolean)
+create or replace function etl._call_routine(step etl.procedure_runs, is_last boolean, out row_count numeric, out unmet_checks jsonb)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_timeout   text;
@@ -29,9 +29,8 @@ begin
   end if;
   -- Triggers that wait for the end of the transaction would run as etl_engine there, or in the COMMIT as whoever called.
   if is_last then set constraints all immediate; end if;
-  is_done := true;
 end $$;
 comment on function etl._call_routine(etl.procedure_runs, boolean) is
-  'Runs the routine of a step and its checks as etl_owner; after the last step of a scope, deferred constraints too. is_done: it did, whatever was made of it.';
+  'Runs the routine of a step and its checks as etl_owner; after the last step of a scope, deferred constraints too.';
 revoke all on function etl._call_routine(etl.procedure_runs, boolean) from public;
 grant execute on function etl._call_routine(etl.procedure_runs, boolean) to etl_engine;
