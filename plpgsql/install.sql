@@ -27,11 +27,15 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
+\set migration 0003_access
+\set sha256 506adcb9b732e37de3c6de9dd1d13ca0fe7fa97ba28fb05102a73446cd209b39
+\ir install/migration.sql
 
 -- Engine
 \ir engine/_fail.sql
 \ir engine/_fail_altered.sql
 \ir engine/_requester.sql
+\ir engine/_approvals.sql
 \ir engine/_atomic_message.sql
 \ir engine/_fail_in_transaction.sql
 \ir engine/_lock.sql
@@ -95,8 +99,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/plan_backfill.sql
 \ir api/get_run.sql
 \ir api/list_procedures.sql
+\ir api/list_runs.sql
 \ir api/cancel_run.sql
 \ir api/submit_run.sql
+\ir api/approve_run.sql
 \ir api/work.sql
 \ir api/resume_run.sql
 \ir api/reap.sql

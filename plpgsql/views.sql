@@ -5,10 +5,12 @@ select r.run_id, l.name as pipeline, r.status, r.mode, r.requested_by, r.submitt
        coalesce(r.duration_ms, extract(epoch from clock_timestamp() - r.started_at) * 1000)::numeric(16, 3) as duration_ms,
        r.step_count, r.as_of, r.reason, r.approved_by, r.idempotency_key, r.parent_run_id, r.worker_pid,
        r.status = 'running' and not etl._is_alive(r) as is_dead,
-       r.cancel_requested_at, r.cancel_requested_by, r.cancel_reason, r.error_code, r.error_message, r.kind
+       r.cancel_requested_at, r.cancel_requested_by, r.cancel_reason, r.error_code, r.error_message, r.kind,
+       r.status = 'queued' and etl._awaits_approval(r) as awaits_approval
   from etl.runs r join etl.pipelines l using (pipeline_id);
 comment on view etl.run_history is
-  'Runs and backfills (kind) for people. duration_ms counts on while a run is active; is_dead: its session is gone, the next start marks it abandoned.';
+  'Runs and backfills (kind) for people. duration_ms counts on while a run is active; is_dead: its session is gone, the next start marks it abandoned. '
+  'awaits_approval: queued, and another admin has to approve it first (etl.approve_run).';
 
 create or replace view etl.step_history as
 select p.run_id, p.order_index, p.attempt, p.procedure_name as procedure, p.procedure_type as type, p.group_name, p.mode, p.status, p.skip_reason,

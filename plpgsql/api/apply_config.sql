@@ -20,9 +20,9 @@ begin
    where p.pipeline_id = v_pipeline_id and p.is_active and p.name not in (select x->>'name' from jsonb_array_elements(apply_config.config->'procedures') x);
   perform etl._store_procedure(v_pipeline_id, p) from jsonb_array_elements(apply_config.config->'procedures') p;
   perform etl._store_links(v_pipeline_id, config);
-  insert into etl.config_versions (pipeline_id, version, digest, config, changes, source, git_revision, author)
+  insert into etl.config_versions (pipeline_id, version, digest, config, changes, source, git_revision, author, requested_by)
   select v_pipeline_id, coalesce(max(v.version), 0) + 1, v_plan->>'digest', etl._normalise_config(apply_config.config), v_plan->'changes', apply_config.source,
-         apply_config.git_revision, coalesce(apply_config.author, etl._requester())
+         apply_config.git_revision, coalesce(apply_config.author, etl._requester()), etl._requester()
     from etl.config_versions v where v.pipeline_id = v_pipeline_id
   returning version into v_version;
   return v_plan || jsonb_build_object('version', v_version);

@@ -6,16 +6,16 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select 'server', case when current_setting('server_version_num')::int >= 150000 then 'ok' else 'fail' end,
          'PostgreSQL ' || current_setting('server_version'), 'b2s needs PostgreSQL 15 or newer'
   union all
-  select 'role', case when pg_has_role(etl._requester(), 'etl_operator', 'usage') then 'ok' else 'warn' end,
-         format('%s %s', etl._requester(), coalesce('is a member of ' || (
-           select string_agg(r, ', ') from unnest(array['etl_owner', 'etl_admin', 'etl_operator', 'etl_reader']) r where pg_has_role(etl._requester(), r, 'usage')),
+  select 'role', case when pg_has_role(etl._requesting_role(), 'etl_operator', 'usage') then 'ok' else 'warn' end,
+         format('%s %s', etl._requesting_role(), coalesce('is a member of ' || (
+           select string_agg(r, ', ') from unnest(array['etl_owner', 'etl_admin', 'etl_operator', 'etl_reader']) r where pg_has_role(etl._requesting_role(), r, 'usage')),
            'is a member of no role of b2s')),
-         format('to run procedures: grant etl_operator to %I', etl._requester())
+         format('to run procedures: grant etl_operator to %I', etl._requesting_role())
   union all
   select s.name, case when s.is_harmless or s.value = '0' then 'ok' else 'warn' end,
          case when s.value = '0' then 'off' when s.is_harmless then s.value || ': a run is never idle in a transaction'
               else s.value || ' in this session: it ends a whole run, whatever its steps may take' end,
-         format('for the role that runs: alter role %I set %s = 0', etl._requester(), s.name)
+         format('for the role that runs: alter role %I set %s = 0', etl._requesting_role(), s.name)
     from (values ('statement_timeout', current_setting('statement_timeout'), false),
                  ('idle_in_transaction_session_timeout', current_setting('idle_in_transaction_session_timeout'), true)) s(name, value, is_harmless)
   union all

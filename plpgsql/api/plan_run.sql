@@ -14,10 +14,14 @@ returns table (order_index int, scope_index int, kind text, name text, procedure
   isolation text, depends_on text[], window_since text, window_until text, parameters jsonb, statement text, notes text)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_plan     record := etl._plan(request);
-  v_items    etl.plan_item[] := v_plan.items;
-  v_selected int[] := (select array_agg(i.procedure_id) from unnest(v_items) i where i.kind = 'steps');
+  v_plan     record;
+  v_items    etl.plan_item[];
+  v_selected int[];
 begin
+  perform etl._check_request(request);
+  v_plan := etl._plan(request);
+  v_items := v_plan.items;
+  v_selected := (select array_agg(i.procedure_id) from unnest(v_items) i where i.kind = 'steps');
   return query
     select i.order_index, i.scope_index, case i.kind when 'steps' then 'step' else i.kind end, coalesce(p.name, i.mv_name), p.type, g.name,
            i.mode, i.tx_scope, p.isolation,

@@ -50,8 +50,9 @@ begin
   for v_state in select * from etl.state s where s.state_key = any (v_keys) and s.last_success_watermark is not null loop
     update etl.state s set last_success_watermark = etl._safe_snapshot(), server_id = (select c.system_identifier from pg_catalog.pg_control_system() c)
      where s.state_key = v_state.state_key;
-    insert into etl.state_history (state_key, old_watermark, new_watermark, cause, reason, changed_by)
-    select s.state_key, v_state.last_success_watermark, s.last_success_watermark, 'set', rebase_watermark.reason, etl._requester()
+    insert into etl.state_history (state_key, old_watermark, new_watermark, cause, reason, changed_by, session_user_name, application_name)
+    select s.state_key, v_state.last_success_watermark, s.last_success_watermark, 'set', rebase_watermark.reason, etl._requester(), session_user,
+           current_setting('application_name')
       from etl.state s where s.state_key = v_state.state_key;
   end loop;
   delete from etl.watermark_ticks t where t.state_key = any (v_keys);

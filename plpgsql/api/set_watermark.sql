@@ -50,8 +50,9 @@ begin
          server_id = case when v_procedure.watermark_strategy = 'xid' then (select c.system_identifier from pg_catalog.pg_control_system() c) end,
          procedure_ids = case when v_value is null then '{}' else array(select p.procedure_id from etl.procedures p where p.state_key = s.state_key and p.is_active) end
    where s.state_key = set_watermark.state_key;
-  insert into etl.state_history (state_key, old_watermark, new_watermark, cause, reason, changed_by)
-  values (set_watermark.state_key, v_state.last_success_watermark, v_value, 'set', set_watermark.reason, etl._requester());
+  insert into etl.state_history (state_key, old_watermark, new_watermark, cause, reason, changed_by, session_user_name, application_name)
+  values (set_watermark.state_key, v_state.last_success_watermark, v_value, 'set', set_watermark.reason, etl._requester(),
+          session_user, current_setting('application_name'));
   return v_value;
 end $$;
 comment on function etl.set_watermark(text, text, text) is

@@ -147,10 +147,10 @@ declare
   v_pipeline_id int := coalesce(parent.pipeline_id, (etl._pipeline(asked->>'pipeline')).pipeline_id);
   v_run         etl.runs;
 begin
-  insert into etl.runs (kind, pipeline_id, config_version_id, parent_run_id, mode, request, idempotency_key, fingerprint, requested_by,
+  insert into etl.runs (kind, pipeline_id, config_version_id, parent_run_id, mode, request, idempotency_key, fingerprint, requested_by, subject,
     application_name, reason, max_concurrency, pause_ms, step_count, started_at, status, worker_pid)
   values ('backfill', v_pipeline_id, (select max(v.config_version_id) from etl.config_versions v where v.pipeline_id = v_pipeline_id), parent.run_id,
-    'incremental', v_request, asked->>'idempotency_key', etl._fingerprint(asked), etl._requester(), current_setting('application_name'),
+    'incremental', v_request, asked->>'idempotency_key', etl._fingerprint(asked), etl._requester(), etl._subject(), current_setting('application_name'),
     coalesce(asked->>'reason', parent.reason), 1, 0, 0, clock_timestamp(), 'running', pg_backend_pid())
   returning * into v_run;
   v_run.step_count := etl._insert_chunks(v_run, asked, parent);

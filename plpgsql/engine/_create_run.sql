@@ -198,14 +198,15 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_run_id bigint;
 begin
-  insert into etl.runs (pipeline_id, config_version_id, mode, as_of, parameters, request, idempotency_key, fingerprint, requested_by,
+  insert into etl.runs (pipeline_id, config_version_id, mode, as_of, parameters, request, idempotency_key, fingerprint, requested_by, subject,
     application_name, approved_by, reason, max_concurrency, step_count, started_at, status, worker_pid)
   select _create_run.pipeline_id, (select max(v.config_version_id) from etl.config_versions v where v.pipeline_id = _create_run.pipeline_id),
          request->>'mode', (request->>'as_of')::timestamptz,
          (select coalesce(jsonb_object_agg(p.name, i.parameters) filter (where i.parameters <> '{}'), '{}')
             from unnest(items) i join etl.procedures p using (procedure_id)),
-         request, request->>'idempotency_key', etl._fingerprint(request), etl._requester(), current_setting('application_name'),
-         coalesce(request->>'approved_by', case when request->>'mode' = 'full' then etl._requester() end), request->>'reason',
+         request, request->>'idempotency_key', etl._fingerprint(request), etl._requester(), etl._subject(), current_setting('application_name'),
+         case when not etl._needs_approval(_create_run.pipeline_id, request) then coalesce(request->>'approved_by', case when request->>'mode' = 'full' then etl._requester() end) end,
+         request->>'reason',
          _create_run.max_concurrency, (select count(*) from unnest(items) i where i.kind = 'steps'),
          case when not is_queued then clock_timestamp() end, case when is_queued then 'queued' else 'running' end,
          case when not is_queued then pg_backend_pid() end
@@ -253,14 +254,17 @@ revoke all on function etl._known_run(jsonb) from public;
 create or replace function etl._begin_run(request jsonb, out run_id bigint, out pipeline_id int, out status text, out is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_known etl.runs := etl._known_run(request);
+  v_known etl.runs;
   v_plan  record;
 begin
+  perform etl._check_request(request);
+  v_known := etl._known_run(request);
   if v_known.run_id is not null then
     run_id := v_known.run_id; pipeline_id := v_known.pipeline_id; status := etl._run_status(v_known.run_id); is_new := false;
     return;
   end if;
   v_plan := etl._plan(request);
+  if etl._needs_approval(v_plan.pipeline_id, request) then perform etl._fail_unapproved(null); end if;
   perform etl._acquire(v_plan.pipeline_id);
   perform etl._abandon_orphans(v_plan.pipeline_id);
   run_id := etl._create_run(request, v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items); pipeline_id := v_plan.pipeline_id; status := 'running'; is_new := true;

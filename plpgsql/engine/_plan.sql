@@ -1,6 +1,6 @@
 -- From a request to a plan, writing nothing: etl.plan_run shows what it returns, etl._create_run stores it.
 
--- Problems of the request itself: values that its SQL types do not rule out.
+-- Problems of the request itself: values that its form does not rule out (etl._check_request).
 create or replace function etl._request_problems(request jsonb) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(jsonb_build_object('loc', jsonb_build_array(q.field), 'code', 'request.invalid', 'message', q.message)), '[]')
@@ -8,13 +8,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       ('mode', case when request->>'mode' not in ('incremental', 'full')
                  then format('mode is incremental or full, not %s', request->>'mode') end),
       ('transaction_scope', case when request->>'transaction_scope' not in ('per_procedure', 'per_group')
-                 then format('transaction_scope is per_procedure or per_group, not %s', request->>'transaction_scope') end),
-      ('max_concurrency', case when (request->>'max_concurrency')::int not between 1 and 64
-                 then format('max_concurrency is 1 to 64, not %s', request->>'max_concurrency') end),
-      ('params', case when jsonb_typeof(request->'params') <> 'object'
-                 then 'params is an object like {"silver.fact_sales": {"country": "DE"}}' end),
-      ('mv_refresh', case when jsonb_typeof(request->'mv_refresh') not in ('boolean', 'array')
-                 then 'mv_refresh is true, false or a list of materialized views' end)
+                 then format('transaction_scope is per_procedure or per_group, not %s', request->>'transaction_scope') end)
     ) q(field, message)
    where q.message is not null
 $$;
@@ -89,10 +83,8 @@ declare
 begin
   v_selection := etl._select_procedures(v_pipeline.pipeline_id, request);
   v_problems := v_problems || v_selection.problems || etl._shared_watermark_problems(v_selection.selected, request->>'transaction_scope');
-  if jsonb_typeof(coalesce(request->'params', '{}')) = 'object' then
-    v_params := etl._plan_parameters(v_selection.selected, coalesce(request->'params', '{}'));
-    v_problems := v_problems || v_params.problems;
-  end if;
+  v_params := etl._plan_parameters(v_selection.selected, coalesce(request->'params', '{}'));
+  v_problems := v_problems || v_params.problems;
   if jsonb_typeof(request->'mv_refresh') = 'array' then
     v_problems := v_problems || coalesce(etl._unknown_names('mv_refresh', request->'mv_refresh',
       (select array_agg(t.name) from etl.refresh_targets t where t.pipeline_id = v_pipeline.pipeline_id)), '[]');
@@ -104,7 +96,7 @@ begin
       'what there is: select * from etl.list_procedures()', jsonb_build_object('errors', v_problems));
   end if;
   items := etl._plan_steps(v_selection.selected, request, v_params.parameters);
-  perform etl._check_full_refresh(items, request, coalesce(requester, etl._requester()));
+  perform etl._check_full_refresh(items, request, coalesce(requester, etl._requesting_role()));
   items := etl._place_refreshes(v_pipeline.pipeline_id, items, request->'mv_refresh');
   pipeline_id := v_pipeline.pipeline_id;
   max_concurrency := coalesce((request->>'max_concurrency')::int, v_pipeline.max_concurrency);

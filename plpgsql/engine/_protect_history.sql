@@ -47,6 +47,8 @@ create or replace trigger state_history_is_append_only before update or delete o
   for each row execute function etl._refuse_change();
 create or replace trigger freezes_are_append_only before update or delete on etl.full_refresh_freezes
   for each row execute function etl._refuse_change();
+create or replace trigger approvals_are_append_only before update or delete on etl.approvals
+  for each row execute function etl._refuse_change();
 
 create or replace trigger runs_are_not_truncated before truncate on etl.runs execute function etl._refuse_change();
 create or replace trigger attempts_are_not_truncated before truncate on etl.procedure_runs execute function etl._refuse_change();
@@ -54,3 +56,4 @@ create or replace trigger refreshes_are_not_truncated before truncate on etl.mv_
 create or replace trigger config_versions_are_not_truncated before truncate on etl.config_versions execute function etl._refuse_change();
 create or replace trigger state_history_is_not_truncated before truncate on etl.state_history execute function etl._refuse_change();
 create or replace trigger freezes_are_not_truncated before truncate on etl.full_refresh_freezes execute function etl._refuse_change();
+create or replace trigger approvals_are_not_truncated before truncate on etl.approvals execute function etl._refuse_change();

@@ -3,13 +3,15 @@
 create or replace function etl._rehearse(request jsonb, out steps etl.procedure_runs[], out refreshes etl.mv_refreshes[])
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_plan   record := etl._plan(request);
+  v_plan   record;
   v_run_id bigint;
   v_next   etl.run_scopes;
   v_result jsonb;
   v_seen   jsonb := etl._change_baseline();
   v_name   text := current_setting('application_name');
 begin
+  perform etl._check_request(request);
+  v_plan := etl._plan(request);
   perform etl._check_nothing_deferred('etl.start_run');
   perform etl._acquire(v_plan.pipeline_id);
   begin

@@ -24,3 +24,44 @@ $$;
 comment on function etl._run_status(bigint) is 'The status of a run.';
 revoke all on function etl._run_status(bigint) from public;
 grant execute on function etl._run_status(bigint) to etl_operator;
+
+-- Whether a document is a request at all: programs call the helpers of the verbs with one of their own making. What its values mean is
+-- looked at when it is planned.
+create or replace function etl._check_request(request jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_problems jsonb;
+begin
+  if jsonb_typeof(request) is distinct from 'object' then
+    perform etl._fail('PT422', 'request.invalid', 'a request is a JSON object', 'an empty one, {}, runs everything');
+  end if;
+  select jsonb_agg(jsonb_build_object('loc', jsonb_build_array(g.key), 'code', 'request.invalid', 'message', q.message) order by g.key)
+    into v_problems
+    from jsonb_each(request) g
+    cross join lateral (
+      select case
+        when g.key in ('mode', 'pipeline', 'reason', 'transaction_scope') then case when jsonb_typeof(g.value) <> 'string' then 'is a text' end
+        when g.key in ('approved_by', 'idempotency_key')
+          then case when jsonb_typeof(g.value) <> 'string' or length(g.value #>> '{}') not between 1 and 255 then 'is a text of 1 to 255 characters' end
+        when g.key in ('confirm_full_refresh', 'with_downstream', 'with_upstream') then case when jsonb_typeof(g.value) <> 'boolean' then 'is true or false' end
+        when g.key in ('groups', 'procedures', 'tags')
+          then case when jsonb_typeof(g.value) <> 'array' or jsonb_path_exists(g.value, 'strict $[*] ? (@.type() <> "string")') then 'is a list of names' end
+        when g.key = 'mv_refresh'
+          then case when jsonb_typeof(g.value) not in ('array', 'boolean') or jsonb_path_exists(g.value, 'lax $[*] ? (@.type() <> "string" && @.type() <> "boolean")')
+                      then 'is true, false or a list of materialized views' end
+        when g.key = 'params' then case when jsonb_typeof(g.value) <> 'object' then 'is an object like {"silver.fact_sales": {"country": "DE"}}' end
+        when g.key = 'as_of'
+          then case when jsonb_typeof(g.value) <> 'string' or not etl._is_a(g.value #>> '{}', 'date-time') or not isfinite((g.value #>> '{}')::timestamptz) then 'is a time' end
+        when g.key = 'max_concurrency'
+          then case when jsonb_typeof(g.value) <> 'number' or g.value not in (select to_jsonb(n) from generate_series(1, 64) n)
+                      then format('is 1 to 64, not %s', left(g.value #>> '{}', 50)) end
+        else 'is no field of a request' end) p(problem)
+    cross join lateral (select format('%s %s', left(g.key, 100), p.problem)) q(message)
+   where p.problem is not null;
+  if v_problems is not null then
+    perform etl._fail('PT422', 'request.invalid', (select string_agg(p->>'message', '; ') from jsonb_array_elements(v_problems) p),
+      'the fields of a request are the arguments of etl.start_run', jsonb_build_object('errors', v_problems));
+  end if;
+end $$;
+comment on function etl._check_request(jsonb) is 'Raises PT422 request.invalid, with every problem, for a document that has not the form of a request.';
+revoke all on function etl._check_request(jsonb) from public;

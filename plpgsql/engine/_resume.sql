@@ -132,17 +132,22 @@ revoke all on function etl._insert_resumed_scopes(bigint, bigint) from public;
 create or replace function etl._begin_resume(wanted_run_id bigint, changed_steps text, out run_id bigint, out lock_key int)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_parent etl.runs := etl._resumable_run(wanted_run_id);
-  v_run    etl.runs;
+  v_parent   etl.runs := etl._resumable_run(wanted_run_id);
+  v_run      etl.runs;
+  v_approver text := v_parent.approved_by;
 begin
   perform etl._check_full_refresh((select array_agg(row((s.step).scope_index, 'steps', (s.step).order_index, (s.step).procedure_id, null, (s.step).mode, null, null, null,
-      null, null, null, null, null, null, null)::etl.plan_item) from etl._steps_to_resume(v_parent) s where not s.is_done), v_parent.request, etl._requester());
+      null, null, null, null, null, null, null)::etl.plan_item) from etl._steps_to_resume(v_parent) s where not s.is_done), v_parent.request, etl._requesting_role());
+  if etl._needs_approval(v_parent.pipeline_id, v_parent.request) then
+    v_approver := etl._approver(v_parent, etl._person());
+    if v_approver is null then perform etl._fail_unapproved(v_parent.run_id); end if;
+  end if;
   perform etl._check_resume(v_parent, changed_steps);
-  insert into etl.runs (pipeline_id, config_version_id, parent_run_id, mode, as_of, parameters, request, fingerprint, requested_by, application_name, approved_by,
+  insert into etl.runs (pipeline_id, config_version_id, parent_run_id, mode, as_of, parameters, request, fingerprint, requested_by, subject, application_name, approved_by,
     reason, max_concurrency, step_count, started_at, status, worker_pid)
   values (v_parent.pipeline_id, (select max(v.config_version_id) from etl.config_versions v where v.pipeline_id = v_parent.pipeline_id), v_parent.run_id, v_parent.mode,
-    v_parent.as_of, v_parent.parameters, v_parent.request - 'idempotency_key', v_parent.fingerprint, etl._requester(), current_setting('application_name'),
-    v_parent.approved_by, v_parent.reason, v_parent.max_concurrency, v_parent.step_count, clock_timestamp(), 'running', pg_backend_pid())
+    v_parent.as_of, v_parent.parameters, v_parent.request - 'idempotency_key', v_parent.fingerprint, etl._requester(), etl._subject(), current_setting('application_name'),
+    v_approver, v_parent.reason, v_parent.max_concurrency, v_parent.step_count, clock_timestamp(), 'running', pg_backend_pid())
   returning * into v_run;
   perform etl._insert_resumed(v_run, v_parent, changed_steps);
   perform etl._insert_resumed_scopes(v_run.run_id, v_parent.run_id);

@@ -8,7 +8,10 @@ declare
   v_sqlstate text; v_message text; v_detail text;
 begin
   begin
-    v_plan := etl._plan(run.request, run.requested_by);
+    v_plan := etl._plan(run.request, coalesce(run.requested_role, run.requested_by));
+    if etl._needs_approval(run.pipeline_id, run.request) and etl._approver(run, coalesce(run.subject, run.session_user_name)) is null then
+      perform etl._fail_unapproved(run.run_id);
+    end if;
   exception when others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail;
     update etl.runs r
@@ -68,13 +71,15 @@ begin
     select * into v_wanted from etl.runs r where r.run_id = wanted_run_id;
     if not found then perform etl._fail('PT404', 'run.unknown', format('there is no run %s', wanted_run_id), 'which there are: select * from etl.run_history'); end if;
   end if;
+  if etl._awaits_approval(v_wanted) then perform etl._fail_unapproved(wanted_run_id); end if;
   v_pipeline_id := coalesce(v_wanted.pipeline_id, (etl._pipeline(pipeline)).pipeline_id);
   perform etl._drop_holds(v_pipeline_id);
   select * into v_run from etl.runs r where r.pipeline_id = v_pipeline_id and r.status = 'running' and r.kind = 'run';
   if v_run.run_id is null then
     -- Another worker may just be taking up the oldest one: wait until it has, and help it.
     perform from etl.runs r
-      where r.pipeline_id = v_pipeline_id and r.status = 'queued' and (r.run_id = wanted_run_id or wanted_run_id is null) order by r.run_id limit 1 for update;
+      where r.pipeline_id = v_pipeline_id and r.status = 'queued' and (r.run_id = wanted_run_id or wanted_run_id is null)
+        and not etl._awaits_approval(r) order by r.run_id limit 1 for update;
     select * into v_run from etl.runs r where r.pipeline_id = v_pipeline_id and r.status = 'running' and r.kind = 'run';
   end if;
   if v_run.run_id is not null and etl._is_alive(v_run) then
@@ -83,6 +88,7 @@ begin
     for v_run in
       select * from etl.runs r
        where r.pipeline_id = v_pipeline_id and r.status = 'queued' and (r.run_id = wanted_run_id or wanted_run_id is null)
+         and not etl._awaits_approval(r)
        order by r.run_id for update skip locked
     loop
       exit when not pg_try_advisory_xact_lock_shared(6435443, 0) or not pg_try_advisory_xact_lock(6435443, v_pipeline_id);

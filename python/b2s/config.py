@@ -116,6 +116,7 @@ class LoadedConfig:
             "pipeline": config.pipeline,
             "description": config.description,
             "max_concurrency": config.max_concurrency,
+            "approvals": config.approvals,
             "search_path": list(config.search_path),
             "groups": [{"name": name, "description": self._describe(name)} for name in sorted(names)],
             "procedures": [_procedure_spec(config, procedure) for procedure in config.procedures],

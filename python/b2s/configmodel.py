@@ -501,6 +501,10 @@ class Config(Model):
     max_concurrency: int = Field(
         default=2, ge=1, le=64, description="The most steps that run at the same time."
     )
+    approvals: Literal["none", "two_person"] = Field(
+        default="none",
+        description="`two_person`: a full refresh starts only when an admin other than who asked approved it.",
+    )
     search_path: Identifiers = Field(
         default=(), description="Schemas on the search_path of every step, after pg_catalog."
     )

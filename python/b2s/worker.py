@@ -35,13 +35,14 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _READY: Final = """
 select q.run_id
   from (select distinct on (h.pipeline) h.run_id from etl.run_history h
-         where h.kind = 'run' and (h.status = 'queued' or h.status = 'running' and not h.is_dead)
+         where h.kind = 'run'
+           and (h.status = 'queued' and not h.awaits_approval or h.status = 'running' and not h.is_dead)
            and (%(pipelines)s::text[] is null or h.pipeline = any (%(pipelines)s::text[]))
          order by h.pipeline, h.status = 'queued', h.run_id) q
  order by q.run_id"""
 """Of each pipeline the active run, else the one that has waited longest."""
 _IS_WAITED_FOR: Final = """
-select exists (select from etl.run_history h where h.kind = 'run' and h.status = 'queued'
+select exists (select from etl.run_history h where h.kind = 'run' and h.status = 'queued' and not h.awaits_approval
                   and (%(pipelines)s::text[] is null or h.pipeline = any (%(pipelines)s::text[])))"""
 _UNKNOWN: Final = """
 select array(select n from unnest(%(pipelines)s::text[]) n
