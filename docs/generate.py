@@ -1,7 +1,8 @@
 """Writes the generated parts of the documentation: `make docs`, or python docs/generate.py [--dsn DSN].
 
-sql-reference.md comes whole from the comments in the database, the tables of configuration.md from the JSON
-Schema of transformations.yaml, rules/*.md and the table of lint.md from the rules of `b2s lint`.
+sql-reference.md comes whole from the comments in the database and privileges.md from its grants, the
+tables of configuration.md from the JSON Schema of transformations.yaml, rules/*.md and the table of
+lint.md from the rules of `b2s lint`.
 Without --dsn a private server is started and removed again.
 """
 
@@ -19,11 +20,13 @@ import psycopg
 from b2s.config import json_schema
 from b2s.lint.report import rule_page, rule_rows
 from b2s.lint.rule import all_rules
+from docs.privileges import privileges
 
 Connection = psycopg.Connection[Any]
 
 HERE: Final = Path(__file__).resolve().parent
 SQL_REFERENCE: Final = HERE / "sql-reference.md"
+PRIVILEGES: Final = HERE / "privileges.md"
 CONFIGURATION: Final = HERE / "configuration.md"
 LINT: Final = HERE / "lint.md"
 RULES: Final = HERE / "rules"
@@ -211,7 +214,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     wanted = {
-        SQL_REFERENCE: _from_database(arguments.dsn),
+        **_from_database(arguments.dsn),
         CONFIGURATION: configuration(CONFIGURATION.read_text(encoding="utf-8")),
         LINT: lint(LINT.read_text(encoding="utf-8")),
         **rule_pages(),
@@ -227,17 +230,16 @@ def main() -> int:
     return 1 if arguments.check and stale else 0
 
 
-def _from_database(dsn: str | None) -> str:
+def _from_database(dsn: str | None) -> dict[Path, str]:
     if dsn:
         with psycopg.connect(dsn) as connection:
-            return sql_reference(connection)
+            return {SQL_REFERENCE: sql_reference(connection), PRIVILEGES: privileges(connection)}
     from b2s.embedded import EmbeddedServer
     from b2s.migrate import migrate
 
     with EmbeddedServer() as server:
         migrate(server.dsn)
-        with psycopg.connect(server.dsn) as connection:
-            return sql_reference(connection)
+        return _from_database(server.dsn)
 
 
 if __name__ == "__main__":

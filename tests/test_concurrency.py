@@ -307,7 +307,7 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_change_baseline", "_request", "_run_status", "_requester", "_is_alive", "_hold", "_rehold",
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
     "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
-    "_definition",
+    "_definition", "_is_front_end", "_awaits_approval", "_subject", "_requesting_role", "_needs_approval",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock that is the caller's own."""
 

@@ -3,6 +3,7 @@ create or replace function etl._show_backfill(request jsonb)
 returns table (order_index int, procedure text, window_since text, window_until text)
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
+  perform etl._check_backfill_request(request);
   return query
     with chunk as materialized (
       select * from etl._plan_backfill(request) where not request ? 'resume'

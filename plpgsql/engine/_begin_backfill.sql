@@ -171,9 +171,11 @@ revoke all on function etl._create_backfill(jsonb, etl.runs) from public;
 create or replace function etl._begin_backfill(request jsonb, out run_id bigint, out lock_key int, out pause_ms int, out is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_run    etl.runs := etl._known_run(request);
+  v_run    etl.runs;
   v_parent etl.runs;
 begin
+  perform etl._check_backfill_request(request);
+  v_run := etl._known_run(request);
   run_id := v_run.run_id;
   is_new := run_id is null;
   if not is_new then return; end if;

@@ -19,3 +19,16 @@ begin
 end $$;
 
 grant select on all tables in schema etl to etl_reader;
+
+-- Tables have no right for PUBLIC of their own accord; types have.
+do $$
+declare
+  v_type regtype;
+begin
+  for v_type in
+    select t.oid from pg_catalog.pg_type t
+     where t.typnamespace = 'etl'::regnamespace and (t.typtype in ('d', 'e') or exists (select from pg_catalog.pg_class c where c.oid = t.typrelid and c.relkind = 'c'))
+  loop
+    execute format('revoke all on type %s from public', v_type);
+  end loop;
+end $$;
