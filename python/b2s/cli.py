@@ -28,6 +28,8 @@ COMMANDS: Final = {
     "run": "run procedures, with live progress",
     "submit": "leave a request to run procedures for a worker",
     "worker": "keep sessions that execute what is submitted",
+    "approve": "approve a full refresh that somebody else asked for",
+    "api": "serve the HTTP API",
     "resume": "take up what is left of a run that did not succeed",
     "backfill": "read a past range again, chunk by chunk, beside the runs",
     "status": "what is running, and how each procedure last ended",

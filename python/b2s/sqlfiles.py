@@ -10,7 +10,6 @@ from typing import Final
 
 from b2s.errors import UsageError
 
-
 _FRAME: Final = ("install/begin.sql", "install/migration.sql", "install/finish.sql")
 """What stands around the migrations and the code."""
 

@@ -58,16 +58,17 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.workers,
         list(dict.fromkeys(arguments.pipeline)),
         logger(log_format, sys.stderr),
-        poll=_seconds("--poll", arguments.poll),
+        poll=seconds_of("--poll", arguments.poll),
         is_once=arguments.once,
     )
-    is_clean = team.work(_seconds("--grace", arguments.grace))
+    is_clean = team.work(seconds_of("--grace", arguments.grace))
     if arguments.json:
         print_json({"executed": sorted(team.executed), "is_clean": is_clean})
     return 0 if is_clean else 1
 
 
-def _seconds(option: str, text: str) -> float:
+def seconds_of(option: str, text: str) -> float:
+    """The value of an option that is a length of time. Raises UsageError."""
     from b2s.configvalues import Refused, bounded_duration
     from b2s.errors import UsageError
 
