@@ -88,6 +88,7 @@ def _run(words: list[str]) -> int:
         if arguments.command is None:
             _parser(words).print_help()
             return 0
+        arguments.dsn = arguments.dsn or _dsn_from_file()
         code: int = importlib.import_module(_module_of(arguments.command)).execute(arguments)
         _flush()
     except SystemExit as done:
@@ -142,7 +143,8 @@ def add_shared(parser: argparse.ArgumentParser, *, is_outer: bool) -> None:
     shared.add_argument(
         "--dsn",
         default=default(os.environ.get("B2S_DSN", "")),
-        help="database: a URI or key=value pairs (B2S_DSN; without it the PG* variables of libpq)",
+        help="database: a URI or key=value pairs (B2S_DSN, or the file that B2S_DSN_FILE names;"
+        " without both the PG* variables of libpq)",
     )
     shared.add_argument(
         "--config",
@@ -151,6 +153,19 @@ def add_shared(parser: argparse.ArgumentParser, *, is_outer: bool) -> None:
         help="configuration file (B2S_CONFIG; default ./transformations.yaml)",
     )
     shared.add_argument("--json", action="store_true", default=default(False), help="print JSON for programs")
+
+
+def _dsn_from_file() -> str:
+    """The connection string that a file holds, where secrets are handed to processes as files."""
+    name = os.environ.get("B2S_DSN_FILE")
+    if not name:
+        return ""
+    try:
+        with open(name, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise _Misuse(f"B2S_DSN_FILE: {name} cannot be read: {reason}", "a file that holds the DSN") from None
 
 
 def _chosen(words: Sequence[str]) -> str | None:

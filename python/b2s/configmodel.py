@@ -503,7 +503,7 @@ class Config(Model):
     )
     approvals: Literal["none", "two_person"] = Field(
         default="none",
-        description="`two_person`: a full refresh starts only when an admin other than who asked approved it.",
+        description="`two_person`: a full refresh needs the approval of an admin other than who asked.",
     )
     search_path: Identifiers = Field(
         default=(), description="Schemas on the search_path of every step, after pg_catalog."

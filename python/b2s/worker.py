@@ -42,7 +42,8 @@ select q.run_id
  order by q.run_id"""
 """Of each pipeline the active run, else the one that has waited longest."""
 _IS_WAITED_FOR: Final = """
-select exists (select from etl.run_history h where h.kind = 'run' and h.status = 'queued' and not h.awaits_approval
+select exists (select from etl.run_history h
+                where h.kind = 'run' and h.status = 'queued' and not h.awaits_approval
                   and (%(pipelines)s::text[] is null or h.pipeline = any (%(pipelines)s::text[])))"""
 _UNKNOWN: Final = """
 select array(select n from unnest(%(pipelines)s::text[]) n

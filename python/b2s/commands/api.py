@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _EPILOG: Final = """\
 The login (--dsn) is a role of its own: NOINHERIT, a member of etl_frontend and of the roles that tokens may
-stand for. Each request runs in the role its token stands for. Secrets come from files or from the environment:
+stand for. Each request runs in the role its token stands for. Secrets come from files or the environment:
 the DSN from B2S_DSN or B2S_DSN_FILE, the shared secret from B2S_API_JWT_SECRET or --jwt-secret-file.
 GET /health and GET /ready are for probes; GET /openapi.json describes the rest. docs/http-api.md."""
 
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--roles",
         "B2S_API_ROLES",
         "etl_admin,etl_operator,etl_reader",
-        "accepted values of that claim, VALUE=ROLE where they differ from the role; the first that fits counts",
+        "accepted values of that claim, or VALUE=ROLE where they differ; the first that fits counts",
         metavar="LIST",
     )
     limits = parser.add_argument_group("limits")

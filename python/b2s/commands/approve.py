@@ -10,8 +10,8 @@ from b2s.commands.show import add_run
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s approve."""
     parser.epilog = (
-        "For pipelines with approvals: two_person. The run was submitted (b2s submit --mode full ...) by another\n"
-        "admin, and waits; or it did not succeed, and is to be resumed."
+        "For pipelines with approvals: two_person. Another admin submitted the run (b2s submit --mode full ...),\n"
+        "and it waits; or it did not succeed, and is to be resumed."
     )
     add_run(parser)
     parser.add_argument("--reason", metavar="TEXT", help="why; it is kept")
