@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -20,9 +20,11 @@ SECONDS: Final = 60
 class Command:
     """A running command; its output goes to files, so that it never waits for a reader."""
 
-    def __init__(self, directory: Path, dsn: str, words: tuple[str, ...]) -> None:
+    def __init__(
+        self, directory: Path, dsn: str, words: tuple[str, ...], environ: Mapping[str, str] | None = None
+    ) -> None:
         self._out, self._err = directory / "out", directory / "err"
-        environment = {**os.environ, "B2S_DSN": dsn}
+        environment = {**os.environ, "B2S_DSN": dsn, **(environ or {})}
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen([*B2S, *words], env=environment, stdout=out, stderr=err)
 
@@ -63,11 +65,13 @@ class Command:
 
 
 @contextmanager
-def b2s(directory: Path, dsn: str, *words: str) -> Iterator[Command]:
+def b2s(
+    directory: Path, dsn: str, *words: str, environ: Mapping[str, str] | None = None
+) -> Iterator[Command]:
     """A command while the block lasts; what is then still running is killed."""
     place = directory / f"command{len(list(directory.glob('command*')))}"
     place.mkdir()
-    command = Command(place, dsn, words)
+    command = Command(place, dsn, words, environ)
     try:
         yield command
     finally:

@@ -143,8 +143,9 @@ class KeySet:
 
 def keys_of_set(document: Any) -> tuple[Key, ...]:
     """The usable keys of a JWKS. A secret has no place in one, whoever published it."""
+    published = document.get("keys") if isinstance(document, dict) else None
     found = []
-    for one in document.get("keys", ()) if isinstance(document, dict) else ():
+    for one in published if isinstance(published, list) else ():
         if not isinstance(one, dict) or one.get("use", "sig") != "sig" or one.get("kty") not in ("RSA", "EC"):
             continue
         try:

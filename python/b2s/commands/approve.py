@@ -10,7 +10,7 @@ from b2s.commands.show import add_run
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s approve."""
     parser.epilog = (
-        "For pipelines with approvals: two_person. Another admin submitted the run (b2s submit --mode full ...),\n"
+        "For pipelines with approvals: two_person. Another admin submitted the run (b2s submit --mode full)\n"
         "and it waits; or it did not succeed, and is to be resumed."
     )
     add_run(parser)
