@@ -85,9 +85,10 @@ def front_end(pipeline: Pipeline, *roles: str) -> Iterator[str]:
         conn.execute(sql.SQL("create role {} login noinherit password {}").format(login, password))
         for role in roles or ROLES:
             conn.execute(sql.SQL("grant {} to {}").format(sql.Identifier(role), login))
-        try:
-            yield make_conninfo(pipeline.db.dsn, user=name, password=password)
-        finally:
+    try:
+        yield make_conninfo(pipeline.db.dsn, user=name, password=password)
+    finally:
+        with pipeline.db.server.connect() as conn:
             conn.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = %s", [name])
             conn.execute(sql.SQL("drop role {}").format(login))
 

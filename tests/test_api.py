@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.routing import Route
 
 from b2s.api.app import application
@@ -91,7 +92,7 @@ def test_the_same_key_is_the_same_run_in_the_body_or_in_the_header(api: Api) -> 
 
 
 def test_clients_with_one_key_at_the_same_moment_get_one_run(api: Api, pipeline: Pipeline) -> None:
-    count = "select count(*) from etl.runs where idempotency_key like 'race%'"
+    count = "select count(*) from etl.runs where idempotency_key like 'race%%'"
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda n: api.submit({"idempotency_key": f"race {n % 4}"}), range(64)))
     assert sorted(answer.status for answer in answers) == [200] * 60 + [202] * 4
@@ -127,8 +128,8 @@ def test_runs_come_in_pages_newest_first(api: Api) -> None:
 @pytest.mark.parametrize(
     "query",
     ["page_size=0", "page_size=501", "page_size=x", "page_size=1&page_size=2", "before=-1", "before=0",
-     "before=99999999999999999999", "before=%D9%A1", "status=odd", "kind=x", "since=yesterday-ish", "until=9999999-1",
-     "colour=red", "requested_by=%00", "dry_run=true"],
+     "before=99999999999999999999", "before=%D9%A1", "status=odd", "kind=x", "since=yesterday-ish",
+     "until=9999999-1", "colour=red", "requested_by=%00", "dry_run=true"],
 )  # fmt: skip
 def test_a_query_that_cannot_be_meant_is_refused(api: Api, query: str) -> None:
     answer = api.ask("GET", f"{ROOT}/runs?{query}")
@@ -251,8 +252,13 @@ def test_a_body_of_another_kind_and_one_without_end_are_refused(api: Api) -> Non
 
 @pytest.mark.parametrize(
     ("authorization", "status", "code"),
-    [("", 401, "auth.missing"), ("Bearer x", 401, "auth.invalid"), (f"Bearer {token(role='postgres')}", 403, "auth.no_role")],
-)  # fmt: skip
+    [
+        ("", 401, "auth.missing"),
+        ("Bearer x", 401, "auth.invalid"),
+        (f"Bearer {token(role='postgres')}", 403, "auth.no_role"),
+    ],
+    ids=range(3),
+)
 def test_without_a_good_token_nothing_is_looked_at(
     api: Api, authorization: str, status: int, code: str
 ) -> None:
@@ -313,16 +319,21 @@ def test_every_answer_has_its_number_is_not_kept_and_has_a_line_in_the_log(api: 
 # -- the description --
 
 
+OPENAPI: Final = Path(__file__).parents[1] / "python" / "b2s" / "api" / "openapi.json"
+DESCRIPTION: Final = json.loads(OPENAPI.read_text(encoding="utf-8"))
+OPERATIONS: Final = [
+    (method.upper(), path)
+    for path, item in DESCRIPTION["paths"].items()
+    for method in item
+    if method != "parameters"
+]
+
+
 def test_the_description_has_every_route_and_no_other() -> None:
-    document = json.loads(
-        (Path(__file__).parents[1] / "python/b2s/api/openapi.json").read_text(encoding="utf-8")
-    )
-    described = {(method.upper(), path) for path, item in document["paths"].items() for method in item
-                 if method != "parameters"}  # fmt: skip
-    around: Any = application(_Routes(), None)
+    around: Any = application(cast("Any", _Routes()), None)
     routes = [route for route in around._app.routes if isinstance(route, Route)]
-    served = {(method, route.path) for route in routes for method in route.methods or () if method != "HEAD"}
-    assert described == served
+    served = [(method, route.path) for route in routes for method in route.methods or () if method != "HEAD"]
+    assert sorted(OPERATIONS) == sorted(served)
 
 
 class _Routes:
@@ -336,25 +347,40 @@ class _Routes:
         return never
 
 
-@pytest.fixture(scope="module")
-def description(api: Api) -> Any:
-    return schemathesis.openapi.from_url(f"http://127.0.0.1:{api.port}/openapi.json")
-
-
-described = schemathesis.pytest.from_fixture("description")
-
-
-@described.parametrize()
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [
+        (method, path, mode)
+        for method, path in OPERATIONS
+        for mode in schemathesis.GenerationMode
+        # Nothing about a request without anything in it can be wrong.
+        if path.startswith(ROOT) or mode == schemathesis.GenerationMode.POSITIVE
+    ],
 )
-def test_what_the_description_says_holds(case: Any) -> None:
+def test_what_the_description_says_holds(
+    api: Api, method: str, path: str, mode: schemathesis.GenerationMode
+) -> None:
     """Requests made from the description, good ones and bad ones, and what each answer has to be."""
-    case.call_and_validate(headers={"Authorization": f"Bearer {token(role='etl_admin')}"})
+    cases = schemathesis.openapi.from_dict(DESCRIPTION)[path][method].as_strategy(generation_mode=mode)
+
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases)
+    def holds(case: Any) -> None:
+        authorization = f"Bearer {token(role='etl_admin')}"
+        response = case.call(f"http://127.0.0.1:{api.port}", headers={"Authorization": authorization})
+        # What the description cannot know: which parameters a procedure takes, how far from UTC places may be.
+        code = response.json()["code"] if response.status_code == 422 else ""
+        is_beyond = code.startswith("params.") or (code and "(22009)" in response.json()["detail"])
+        excluded = [positive_data_acceptance] if is_beyond else []
+        case.validate_response(response, excluded_checks=excluded)
+
+    holds()
 
 
 # -- when things go wrong around it --
@@ -369,9 +395,9 @@ def test_readiness_says_what_is_missing(own: Pipeline, tmp_path: Path) -> None:
         assert (answer.status, answer.document["status"]) == (503, "unavailable")
         assert answer.document["findings"] == {
             "front_end": "the login was not granted etl_frontend",
-            "roles": "the login was not granted etl_admin, etl_reader",
+            "roles": "the login was not granted etl_admin",
         }
-        answer = api.ask("GET", f"{ROOT}/procedures", role="etl_reader")
+        answer = api.ask("GET", f"{ROOT}/procedures", role="etl_admin")
         assert (answer.status, answer.code) == (503, "auth.role_unavailable")
 
 
@@ -384,22 +410,17 @@ def test_the_database_goes_away_and_comes_back(private_server: Server, tmp_path:
             assert api.submit().status == 202
             embedded = private_server.embedded
             assert embedded is not None
-            embedded.stop()
+            embedded._halt("fast")
             answer = api.submit()
             assert (answer.status, answer.code) == (503, "database.unavailable")
             assert answer.headers["retry-after"] == "1"
             assert api.ask("GET", "/health").status == 200
             ready = api.ask("GET", "/ready")
             assert (ready.status, ready.document["findings"]) == (503, {"database": "it cannot be reached"})
-            embedded.start()
-            pipeline.conn = database.connect()
-            deadline = [api.ask("GET", "/ready").status for _ in range(1)]
-            while 200 not in deadline and len(deadline) < 500:
-                deadline.append(api.ask("GET", "/ready").status)
-            assert 200 in deadline
-            while api.submit().status != 202 and len(deadline) < 1000:
-                deadline.append(0)
-            assert len(deadline) < 1000
+            embedded._launch()
+            pipeline.conn.close()
+            assert any(api.ask("GET", "/ready").status == 200 for _ in range(2000))
+            assert any(api.submit().status == 202 for _ in range(200))
 
 
 def test_a_request_that_waits_too_long_is_given_up_and_leaves_nothing(own: Pipeline, tmp_path: Path) -> None:

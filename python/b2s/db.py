@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from psycopg import conninfo
@@ -14,6 +14,31 @@ from b2s.errors import DatabaseError, UsageError
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
+def parameters_of(dsn: str) -> dict[str, Any]:
+    """A connection string, taken apart. Raises UsageError for a malformed one, and does not tell it.
+
+    Where the password of a URI has characters that should have been encoded, libpq takes a part of it for a
+    host or a port, and would tell it in its errors.
+    """
+    try:
+        parameters = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        raise UsageError("the connection string is malformed", _HOW_TO_WRITE_IT) from None
+    place = f"{parameters.get('host') or ''}{parameters.get('dbname') or ''}" if "://" in dsn else ""
+    ports = str(parameters.get("port") or "0").split(",")
+    if "@" in place or not all(port.strip().isdecimal() for port in ports if port.strip()):
+        raise UsageError(
+            "the connection string is malformed: it has an @ or a : where none belongs",
+            "in a URI, special characters of a password are percent-encoded: @ is %40, : is %3A, / is %2F",
+        )
+    return parameters
+
+
+_HOW_TO_WRITE_IT: Final = (
+    "write a URI (postgresql://user@host/database) or key=value pairs (host=... dbname=...)"
+)
+
+
 @contextmanager
 def connect(dsn: str) -> Iterator[Connection]:
     """A session in autocommit mode, as the verbs that manage transactions need it.
@@ -21,13 +46,7 @@ def connect(dsn: str) -> Iterator[Connection]:
     An empty dsn leaves everything to libpq: PG* variables, service file, password file.
     Raises UsageError for a malformed dsn; every database error inside the block becomes a DatabaseError.
     """
-    try:
-        parameters = conninfo.conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
-        raise UsageError(
-            "the connection string is malformed",
-            "write a URI (postgresql://user@host/database) or key=value pairs (host=... dbname=...)",
-        ) from None
+    parameters = parameters_of(dsn)
     parameters.setdefault("application_name", "b2s")
     parameters.setdefault("connect_timeout", "10")
     try:

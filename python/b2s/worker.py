@@ -19,7 +19,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import conninfo
 
-from b2s.db import Connection, connect
+from b2s.db import Connection, connect, parameters_of
 from b2s.errors import B2SError, DatabaseError, UsageError
 from b2s.failure import failure_of
 from b2s.progress import log_event
@@ -56,11 +56,8 @@ select pg_terminate_backend(a.pid, 5000) from pg_stat_activity a
 
 def lasting(dsn: str) -> str:
     """The same way in, for sessions that stay: a network that is gone is noticed within a minute."""
-    try:
-        parameters = conninfo.conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
-        return dsn  # b2s.db says what is wrong with it
-    return conninfo.make_conninfo("", **{"application_name": "b2s worker", **_KEEPALIVES, **parameters})
+    parameters = {"application_name": "b2s worker", **_KEEPALIVES, **parameters_of(dsn)}
+    return conninfo.make_conninfo("", **parameters)
 
 
 class Team:

@@ -45,7 +45,7 @@ RUN_FIELDS: Final[Mapping[str, tuple[str, _Check]]] = {
     "idempotency_key": _NAME, "confirm_full_refresh": _FLAG, "approved_by": _NAME, "reason": _TEXT,
     "max_concurrency": (
         "is a whole number from 1 to 64",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64,
+        lambda value: not isinstance(value, bool) and value in range(1, 65),
     ),
     "pipeline": _TEXT, "dry_run": _FLAG,
 }  # fmt: skip

@@ -16,6 +16,7 @@ from psycopg_pool import AsyncConnectionPool
 from b2s.api.problems import Problem
 from b2s.api.settings import Limits
 from b2s.api.tokens import Identity
+from b2s.db import parameters_of
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -39,7 +40,7 @@ class Database:
     """Connections of the front end's login. That login has no right of its own: each request takes a role."""
 
     def __init__(self, dsn: str, limits: Limits) -> None:
-        parameters = conninfo.conninfo_to_dict(dsn)
+        parameters = parameters_of(dsn)
         parameters.setdefault("application_name", "b2s api")
         parameters.setdefault("connect_timeout", "3")
         self._conninfo = conninfo.make_conninfo("", **parameters)
