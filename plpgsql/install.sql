@@ -27,6 +27,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
+\set migration 0003_recent_horizons
+\set sha256 3a42886dbb40c0f91391d4c8f2a8c3293691fc05fd7ffbd0adb79319da653267
+\ir install/migration.sql
 
 -- Engine
 \ir engine/_fail.sql
