@@ -27,8 +27,8 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
-\set migration 0003_recent_horizons
-\set sha256 3a42886dbb40c0f91391d4c8f2a8c3293691fc05fd7ffbd0adb79319da653267
+\set migration 0003_workers
+\set sha256 73ad87489f22b66fb3f3aab6f848e0565c9d2a06459a3d80173c0a82e3f97835
 \ir install/migration.sql
 
 -- Engine
@@ -64,6 +64,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_record_failure.sql
 \ir engine/_finish_run.sql
 \ir engine/_work.sql
+\ir engine/_helpers.sql
 \ir engine/_resume.sql
 \ir engine/_rehearse.sql
 \ir engine/_compile_call.sql
