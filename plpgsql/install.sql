@@ -27,7 +27,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
-\set migration 0003_access
+\set migration 0003_workers
+\set sha256 73ad87489f22b66fb3f3aab6f848e0565c9d2a06459a3d80173c0a82e3f97835
+\ir install/migration.sql
+\set migration 0004_access
 \set sha256 506adcb9b732e37de3c6de9dd1d13ca0fe7fa97ba28fb05102a73446cd209b39
 \ir install/migration.sql
 
@@ -66,6 +69,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_record_failure.sql
 \ir engine/_finish_run.sql
 \ir engine/_work.sql
+\ir engine/_helpers.sql
 \ir engine/_resume.sql
 \ir engine/_rehearse.sql
 \ir engine/_compile_call.sql
