@@ -20,7 +20,7 @@ PROJECT: Final = Path(__file__).resolve().parents[1]
 PAGES: Final = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md"))]
 SQL: Final = [path.read_text(encoding="utf-8") for path in sorted((PROJECT / "plpgsql").rglob("*.sql"))]
 COMPLETE: Final = "# a complete file\n"
-NOT_CODES: Final = ("etl.", "b2s.", "pg_")
+NOT_CODES: Final = ("etl.", "b2s.", "pg_", "response.")
 KEEPS_A_STANDARD_SQLSTATE: Final = {"call.in_transaction": "25001", "run.not_owned": "42501"}
 NEVER_RAISED: Final = {"run.abandoned": "none"}
 

@@ -9,12 +9,13 @@ revoke all on function etl._config_problem(jsonb, text, text) from public;
 
 -- Not to_regclass: that raises an error for a schema that etl_owner may not use.
 create or replace function etl._relation(name text) returns oid
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select c.oid from parse_ident(_relation.name) i
-    join pg_catalog.pg_namespace n on n.nspname = i[1]
-    join pg_catalog.pg_class c on c.relname = i[2] and c.relnamespace = n.oid
-   where i[3] is null
-$$;
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_name name[] := parse_ident(name);
+begin
+  return (select c.oid from pg_catalog.pg_class c
+           where c.relname = v_name[2] and c.relnamespace = (select n.oid from pg_catalog.pg_namespace n where n.nspname = v_name[1]) and v_name[3] is null);
+end $$;
 comment on function etl._relation(text) is 'The oid of the relation that a qualified name means, or null.';
 revoke all on function etl._relation(text) from public;
 grant execute on function etl._relation(text) to etl_owner;

@@ -97,13 +97,12 @@ revoke all on function etl._step_settings(etl.procedures, text[]) from public;
 -- Bodies in the SQL standard's form are stored parsed; prosrc is empty then. Not to_regprocedure, which wants the right to use the schema.
 create or replace function etl._definition(procedure etl.procedures) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_name name[] := parse_ident(procedure.routine_signature, false);
 begin
   return md5(concat_ws(E'\n', procedure.call_sql, procedure.isolation, procedure.checks::text,
-    (select coalesce(p.prosqlbody::text, p.prosrc)
-       from parse_ident(procedure.routine_signature, false) i
-       join pg_catalog.pg_namespace n on n.nspname = i[1]
-       join pg_catalog.pg_proc p on p.proname = i[2] and p.pronamespace = n.oid
-      where p.oid::regprocedure::text = procedure.routine_signature)));
+    (select coalesce(p.prosqlbody::text, p.prosrc) from pg_catalog.pg_proc p
+      where p.proname = v_name[2] and p.oid::regprocedure::text = procedure.routine_signature)));
 end $$;
 comment on function etl._definition(etl.procedures) is 'Digest of a routine and of how it is called.';
 revoke all on function etl._definition(etl.procedures) from public;

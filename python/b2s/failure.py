@@ -26,6 +26,7 @@ _COMMANDS: Final = {
     "procedure.unknown": "b2s status lists the procedures there are",
     "full_refresh.unconfirmed": "add --confirm-full-refresh",
     "full_refresh.no_reason": "add --reason '...'",
+    "approval.required": "b2s submit leaves it for a worker; another admin approves it: b2s approve RUN",
 }
 """What to type, by code, where the database can only say what to call."""
 _NOT_A_TIME: Final = ("22007", "22008")

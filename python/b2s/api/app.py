@@ -52,16 +52,12 @@ class Api:
     async def _one(self, request: Request, identity: Identity, query: str, values: Any) -> Any:
         """The one row that a call returns, made in the role and in the name of whoever asks."""
         try:
-            async with self.database.acting_as(identity, _client(request)) as connection:
-                row = await (await connection.execute(query.encode(), values)).fetchone()
+            return await self.database.call(identity, _client(request), query, values)
         except psycopg.Error as error:
             problem = of_database(error)
             if problem.status >= 500:
-                request.state.failure = (
-                    f"{type(error).__name__} {getattr(error, 'sqlstate', None) or ''}".strip()
-                )
+                request.state.failure = f"{type(error).__name__} {error.sqlstate or ''}".strip()
             raise problem from None
-        return row
 
     async def submit(self, request: Request) -> Response:
         """Records a request for a run, or shows what it would do (dry_run)."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import Any, Final
 
 import psycopg
@@ -25,6 +24,7 @@ select set_config('request.jwt.claims', %(claims)s, true), set_config('applicati
        set_config('statement_timeout', %(timeout)s, true), set_config('lock_timeout', %(timeout)s, true),
        set_config('idle_in_transaction_session_timeout', %(timeout)s, true),
        set_config('timezone', 'UTC', true), set_config('role', %(role)s, true)"""
+_HOLDS: Final = "select pg_has_role(session_user, to_regrole(quote_ident(%s))::oid, 'member') is true"
 _PROBE: Final = """
 select to_regnamespace('etl') is not null,
        exists (select from pg_auth_members m
@@ -51,7 +51,7 @@ class Database:
             max_size=limits.connections,
             max_waiting=limits.waiting,
             timeout=limits.acquire_s,
-            kwargs={"autocommit": True},
+            kwargs={"autocommit": True, "prepare_threshold": None},
             check=AsyncConnectionPool.check_connection,
             reconnect_timeout=5,
             open=False,
@@ -68,28 +68,36 @@ class Database:
         """Lets go of all connections."""
         await self._pool.close(timeout=self._limits.acquire_s)
 
-    @asynccontextmanager
-    async def acting_as(self, identity: Identity, client: str) -> AsyncIterator[Connection]:
-        """A transaction in the role of an identity, recorded in its name."""
-        async with self._pool.connection() as connection, connection.transaction():
+    async def call(self, identity: Identity, client: str, query: str, values: Any) -> Any:
+        """The one row that a call returns, in a transaction in the role and in the name of an identity.
+
+        All of it goes out in one message. Raises psycopg.Error, and Problem when the role cannot be taken.
+        """
+        settings = {
+            "claims": json.dumps({"sub": identity.subject, "role": identity.role}),
+            "client": client,
+            "timeout": str(int(self._limits.request_s * 1000)),
+            "role": identity.role,
+        }
+        async with self._pool.connection() as connection:
             try:
-                await connection.execute(
-                    _ACT_AS,
-                    {
-                        "claims": json.dumps({"sub": identity.subject, "role": identity.role}),
-                        "client": client,
-                        "timeout": str(int(self._limits.request_s * 1000)),
-                        "role": identity.role,
-                    },
-                )
+                async with connection.pipeline():
+                    await connection.execute("begin")
+                    await connection.execute(_ACT_AS, settings)
+                    cursor = await connection.execute(query.encode(), values)
+                    await connection.execute("commit")
             except (psycopg.errors.InsufficientPrivilege, psycopg.errors.InvalidParameterValue):
+                await connection.execute("rollback")
+                found = await (await connection.execute(_HOLDS, [identity.role])).fetchone()
+                if found == (True,):
+                    raise
                 raise Problem(
                     503,
                     "auth.role_unavailable",
                     f"the API may not act as {identity.role}",
                     f"let an administrator grant {identity.role} to the login of the API",
                 ) from None
-            yield connection
+            return await cursor.fetchone()
 
     async def findings(self, roles: Mapping[str, str]) -> dict[str, str]:
         """What keeps the API from its work, by part; nothing: it is ready.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from b2s.progress import Display
 
 _HEARD_EVERY: Final = 0.5
+_AWAITS: Final = "select h.awaits_approval from etl.run_history h where h.run_id = %s"
 _STANDING: Final = "select h.status, h.is_dead from etl.run_history h where h.run_id = %s"
 
 
@@ -44,6 +45,7 @@ def execute(arguments: argparse.Namespace) -> int:
             connection.execute("listen etl")
         query = f"select run_id, status, is_new from etl.submit_run({named})"  # noqa: S608 - our own
         run_id, status, is_new = connection.execute(query.encode(), values).fetchone() or (0, "", False)
+        awaits = connection.execute(_AWAITS, [run_id]).fetchone() == (True,)
         known = None if is_new else f"this idempotency key is known: run {run_id} was submitted with it"
         if arguments.wait:
             try:
@@ -56,7 +58,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"run_id": run_id, "status": status, "is_new": is_new})
     else:
-        remark(known or f"run {run_id} is queued; b2s worker takes it up, b2s show {run_id} shows it")
+        then = (
+            f"another admin has to approve it: b2s approve {run_id}" if awaits else "b2s worker takes it up"
+        )
+        remark(known or f"run {run_id} is queued; {then}, b2s show {run_id} shows it")
         print(run_id)
     return 0
 
