@@ -14,7 +14,7 @@
 \set ON_ERROR_STOP on
 \set ON_ERROR_ROLLBACK off
 \set QUIET on
-\set version 0.1.0
+\set version 0.2.0
 
 begin;
 select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
@@ -26,6 +26,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir install/migration.sql
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
+\ir install/migration.sql
+\set migration 0003_clock
+\set sha256 fbd2fbdc801d2264014a6c3e9289d0ad052558ead0df5385640e6871ad3f2882
 \ir install/migration.sql
 
 -- Engine
@@ -74,6 +77,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_contract_copy.sql
 \ir engine/_contract_checks.sql
 \ir engine/_contract_findings.sql
+\ir engine/_cron.sql
+\ir engine/_schedules.sql
+\ir engine/_purge.sql
 
 -- Verbs
 \ir api/arrived.sql
@@ -94,6 +100,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/set_watermark.sql
 \ir api/rebase_watermark.sql
 \ir api/tick_watermarks.sql
+\ir api/fire_schedules.sql
+\ir api/list_jobs.sql
+\ir api/purge.sql
 \ir api/plan_config.sql
 \ir api/apply_config.sql
 \ir api/diagnose.sql

@@ -21,7 +21,7 @@ do $$
 declare
   v_role text;
 begin
-  foreach v_role in array array['etl_owner', 'etl_admin', 'etl_operator', 'etl_reader'] loop
+  foreach v_role in array array['etl_owner', 'etl_admin', 'etl_operator', 'etl_reader', 'etl_retention'] loop
     if not exists (select from pg_catalog.pg_roles where rolname = v_role) then
       begin
         execute format('create role %I nologin', v_role);
@@ -31,9 +31,9 @@ begin
           raise exception using errcode = 'PT403',
             message = format('role %I does not exist and %I may not create it', v_role, current_user),
             hint = 'let a role with CREATEROLE run: create role etl_owner nologin; create role etl_admin nologin; '
-                   'create role etl_operator nologin; create role etl_reader nologin; '
+                   'create role etl_operator nologin; create role etl_reader nologin; create role etl_retention nologin; '
                    'grant etl_reader to etl_operator; grant etl_operator to etl_admin; grant pg_read_all_stats to etl_owner; '
-                || format('grant etl_owner to %I;', current_user);
+                || format('grant etl_owner to %1$I; grant etl_retention to %1$I with admin option;', current_user);
       end;
     end if;
   end loop;
@@ -49,6 +49,14 @@ begin
         hint = format('let an administrator run: grant etl_owner to %I', current_user);
     end;
   end if;
+  -- For this transaction alone, which takes it back at its end: until then nobody else can see it (install/finish.sql).
+  begin
+    grant etl_retention to etl_owner;
+  exception when insufficient_privilege then
+    raise exception using errcode = 'PT403',
+      message = format('%I may not hand over routines to role etl_retention, as which old history is purged', current_user),
+      hint = format('let an administrator run: grant etl_retention to %I with admin option', current_user);
+  end;
   begin
     create schema if not exists etl authorization etl_owner;
   exception when insufficient_privilege then
@@ -83,6 +91,15 @@ set local role etl_owner;
 -- Routines may name others that a later file creates.
 set local check_function_bodies = off;
 
+-- What a release before has handed over is replaced by its owner.
+do $$
+declare
+  v_routine record;
+begin
+  for v_routine in select p.oid::regprocedure as signature from pg_catalog.pg_proc p where p.pronamespace = 'etl'::regnamespace and p.proowner = 'etl_retention'::regrole loop
+    execute format('alter routine %s owner to etl_owner', v_routine.signature);
+  end loop;
+end $$;
 
 create table if not exists etl.migrations (
   name        text primary key,

@@ -20,3 +20,12 @@ end $$;
 
 grant usage on schema etl to etl_reader;
 grant select on all tables in schema etl to etl_reader;
+
+-- The door to history: these two may delete what has ended, as a role that can do nothing else and that nobody can be.
+grant usage, create on schema etl to etl_retention;
+grant select, delete on etl.runs, etl.run_scopes, etl.run_workers, etl.procedure_runs, etl.mv_refreshes, etl.state_history to etl_retention;
+alter function etl._delete_runs(int) owner to etl_retention;
+alter function etl._delete_moves(int) owner to etl_retention;
+revoke create on schema etl from etl_retention;
+reset role;
+revoke etl_retention from etl_owner;
