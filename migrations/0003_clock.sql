@@ -11,7 +11,7 @@ alter table etl.schedules add column next_at timestamptz;
 create index schedules_that_are_active on etl.schedules (next_at) where is_active;
 comment on column etl.schedules.definition is
   'The schedule as it was configured: cron, timezone, the request, on_conflict, catch_up, late_after_ms.';
-comment on column etl.schedules.next_at is 'The first slot that is not decided yet; null: there never is one. Moves on as etl.fire_schedules decides.';
+comment on column etl.schedules.next_at is 'The first slot that is not decided yet; null: no clock has looked at it since it was configured by a release without one.';
 
 -- No foreign key to the run: runs are purged, and what became of a slot can be kept for longer or for shorter than its run.
 create table etl.schedule_slots (

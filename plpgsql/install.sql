@@ -28,7 +28,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
 \set migration 0003_clock
-\set sha256 fbd2fbdc801d2264014a6c3e9289d0ad052558ead0df5385640e6871ad3f2882
+\set sha256 8cee9691b9fb5b1ab2f9e8415277c2a224bb6fa434951d89fcbad2ac24d5c0ac
 \ir install/migration.sql
 
 -- Engine
@@ -101,6 +101,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/rebase_watermark.sql
 \ir api/tick_watermarks.sql
 \ir api/fire_schedules.sql
+\ir api/run_due.sql
 \ir api/list_jobs.sql
 \ir api/purge.sql
 \ir api/plan_config.sql

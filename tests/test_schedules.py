@@ -62,6 +62,13 @@ def work(pipeline: Pipeline, conn: Connection | None = None, **arguments: Any) -
     return executed
 
 
+def run_due(pipeline: Pipeline) -> int:
+    row = pipeline.conn.execute("call etl.run_due()").fetchone()
+    assert row is not None
+    executed: int = row[0]
+    return executed
+
+
 def health(pipeline: Pipeline, name: str = "nightly") -> Row:
     return pipeline.rows("select * from etl.schedule_health where schedule = %s", name)[0]
 
@@ -129,18 +136,25 @@ def test_two_clocks_side_by_side_decide_a_slot_once(pipeline: Pipeline) -> None:
 
 def test_a_worker_can_be_the_clock_as_well(pipeline: Pipeline) -> None:
     pipeline.apply(schedules=[{**NIGHTLY, "cron": "* * * * *"}])
-    assert work(pipeline, fire_schedules=True) == 0
+    assert run_due(pipeline) == 0
     pipeline.sql("update etl.schedules set next_at = date_trunc('minute', clock_timestamp())")
     assert work(pipeline) == 0
-    assert work(pipeline, fire_schedules=True) == 1
+    assert run_due(pipeline) == 1
     assert pipeline.trace() == ["orders"]
+
+
+def test_a_worker_that_is_a_clock_in_a_transaction_says_so(pipeline: Pipeline) -> None:
+    with refused("25001", "call.in_transaction"):
+        pipeline.db.connect(autocommit=False).execute("call etl.run_due()")
 
 
 def test_an_operator_may_be_a_clock(pipeline: Pipeline) -> None:
     pipeline.apply(schedules=[{**NIGHTLY, "cron": "* * * * *"}])
     pipeline.sql("update etl.schedules set next_at = date_trunc('minute', clock_timestamp())")
     operator = pipeline.login("etl_operator")
-    ((name, schedule_name, _, outcome, run_id, *_),) = operator.execute("select * from etl.fire_schedules()").fetchall()
+    ((name, schedule_name, _, outcome, run_id, *_),) = operator.execute(
+        "select * from etl.fire_schedules()"
+    ).fetchall()
     assert (name, schedule_name, outcome) == ("bronze_to_silver", "nightly", "submitted")
     assert pipeline.run(run_id)["requested_by"] == operator.info.user
 
@@ -325,7 +339,9 @@ def test_a_scheduled_full_refresh_keeps_its_guardrails(pipeline: Pipeline) -> No
 def test_one_schedule_that_cannot_be_fired_does_not_stop_the_others(pipeline: Pipeline) -> None:
     pipeline.apply(schedules=[NIGHTLY, {**NIGHTLY, "name": "other"}])
     expect_next(pipeline, DUE)
-    pipeline.sql("""update etl.schedules set definition = definition || '{"timezone": "Gone"}' where name = 'nightly'""")
+    pipeline.sql(
+        """update etl.schedules set definition = definition || '{"timezone": "Gone"}' where name = 'nightly'"""
+    )
     messages = messages_of(pipeline.conn)
     assert [slot["outcome"] for slot in tick(pipeline)] == ["submitted"]
     assert 'schedule nightly cannot be fired: time zone "Gone" not recognized' in [m.text for m in messages]
@@ -337,9 +353,17 @@ def test_one_schedule_that_cannot_be_fired_does_not_stop_the_others(pipeline: Pi
         ({"cron": "0 24 * * *"}, ["schedules", "nightly", "cron"], "24 is not a hour"),
         ({"cron": None}, ["schedules", "nightly", "cron"], "a schedule needs a cron time"),
         ({"cron": "0 0 31 2 *"}, ["schedules", "nightly", "cron"], "0 0 31 2 * names a day that never comes"),
-        ({"timezone": "Mars"}, ["schedules", "nightly", "timezone"], "the server does not know the time zone Mars"),
+        (
+            {"timezone": "Mars"},
+            ["schedules", "nightly", "timezone"],
+            "the server does not know the time zone Mars",
+        ),
         ({"timezone": None}, ["schedules", "nightly", "timezone"], "a schedule needs a time zone"),
-        ({"mode": "full"}, ["schedules", "nightly", "reason"], "the schedule nightly refreshes fully and gives no"),
+        (
+            {"mode": "full"},
+            ["schedules", "nightly", "reason"],
+            "the schedule nightly refreshes fully and gives no",
+        ),
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused(
@@ -376,7 +400,9 @@ def test_a_schedule_without_a_successful_run_is_late(pipeline: Pipeline) -> None
     now = datetime.now(UTC)
     schedule(pipeline, cron="* * * * *", late_after_ms=600_000)
     assert not health(pipeline)["is_late"]
-    pipeline.sql("insert into etl.schedule_slots select schedule_id, now() - interval '11 minutes', now(), 'skipped', null, 0, 'x' from etl.schedules")
+    pipeline.sql(
+        "insert into etl.schedule_slots select schedule_id, now() - interval '11 minutes', now(), 'skipped', null, 0, 'x' from etl.schedules"
+    )
     found = health(pipeline)
     assert found["is_late"]
     assert abs(found["late_since"] - (now - timedelta(minutes=11))) < timedelta(minutes=1)

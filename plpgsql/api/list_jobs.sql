@@ -27,7 +27,7 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select 'clock', case when has_seconds and min(n.seconds) is not null then format('%s seconds', min(n.seconds)) else '* * * * *' end,
            'select * from etl.fire_schedules()' from needs n having bool_or(n.has_schedules)
     union all
-    select format('worker %s %s', n.pipeline, w), n.tick, format('call etl.work(pipeline => %L, fire_schedules => true)', n.pipeline)
+    select format('worker %s %s', n.pipeline, w), n.tick, format('call etl.run_due(pipeline => %L)', n.pipeline)
       from needs n cross join generate_series(1, n.workers) w
     union all select 'reaper', '* * * * *', 'select etl.reap()' from needs having count(*) > 0
     union all select 'watchdog', case when has_seconds then '10 seconds' else '* * * * *' end, 'select etl.watchdog()' from needs n having bool_or(n.has_timeouts)

@@ -235,7 +235,7 @@ begin
   if message is not null then return; end if;
   field := 'cron'; hint := 'minute, hour, day of month, month, day of week, such as 0 2 * * *; or 30 seconds';
   message := etl._cron_problem(schedule->>'cron');
-  if message is null and etl._next_slot(schedule->>'cron', schedule->>'timezone', clock_timestamp()) is null then
+  if message is null and etl._next_slot(schedule->>'cron', schedule->>'timezone', clock_timestamp()) = 'infinity' then
     message := format('%s names a day that never comes', schedule->>'cron');
     hint := 'correct the day of month, or the month';
   end if;

@@ -101,9 +101,9 @@ begin
     exit when v_slot is not null;
     v_slot := (select min(t) from etl._slots_on(v_fields, zone, v_first + v_day, v_since, 'infinity') t);
   end loop;
-  return v_slot;
+  return coalesce(v_slot, 'infinity');
 end $$;
-comment on function etl._next_slot(text, text, timestamptz) is 'The first moment after another one at which a cron time is due; null: there is none within 40 years.';
+comment on function etl._next_slot(text, text, timestamptz) is 'The first moment after another one at which a cron time is due; infinity: there is none within 40 years.';
 revoke all on function etl._next_slot(text, text, timestamptz) from public;
 
 -- since is a slot itself. Of a clock that stood still for years, the slots of the last one are counted.

@@ -41,53 +41,48 @@ $$;
 comment on function etl._remembered_runs(int) is 'The runs in which each procedure of a pipeline last ended, and last succeeded.';
 revoke all on function etl._remembered_runs(int) from public;
 
--- Whole runs, the oldest first, until they have so many attempts together; one at least.
-create or replace function etl._expired_runs(pipeline_id int, max_rows int) returns bigint[]
+-- Whole runs of one pipeline, the oldest first, until they have so many attempts together; one at least.
+create or replace function etl._expired_runs(max_rows int) returns bigint[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_since  timestamptz := etl._kept_since('runs', pipeline_id);
-  v_run    record;
-  v_runs   bigint[] := '{}';
-  v_count  int := 0;
+  v_pipeline record;
+  v_run      record;
+  v_runs     bigint[] := '{}';
+  v_count    int := 0;
 begin
-  if v_since is null then return '{}'; end if;
-  for v_run in execute
-    'select r.run_id, r.step_count from etl.runs r where r.pipeline_id = $1 and r.ended_at < $2 and r.run_id <> all ($3)' || etl._reference_sql()
-    || ' order by r.run_id' using pipeline_id, v_since, etl._remembered_runs(pipeline_id)
-  loop
-    exit when v_count > 0 and v_count + v_run.step_count > max_rows;
-    v_runs := v_runs || v_run.run_id;
-    v_count := v_count + v_run.step_count + 1;
+  for v_pipeline in select l.pipeline_id, etl._kept_since('runs', l.pipeline_id) as since from etl.pipelines l order by l.pipeline_id loop
+    continue when v_pipeline.since is null;
+    for v_run in execute
+      'select r.run_id, r.step_count from etl.runs r where r.pipeline_id = $1 and r.ended_at < $2 and r.run_id <> all ($3)' || etl._reference_sql()
+      || ' order by r.run_id' using v_pipeline.pipeline_id, v_pipeline.since, etl._remembered_runs(v_pipeline.pipeline_id)
+    loop
+      exit when v_count > 0 and v_count + v_run.step_count > max_rows;
+      v_runs := v_runs || v_run.run_id;
+      v_count := v_count + v_run.step_count + 1;
+    end loop;
+    exit when v_runs <> '{}';
   end loop;
   return v_runs;
 end $$;
-comment on function etl._expired_runs(int, int) is 'Runs of a pipeline that are no longer kept and that nothing refers to.';
-revoke all on function etl._expired_runs(int, int) from public;
-grant execute on function etl._expired_runs(int, int) to etl_retention;
+comment on function etl._expired_runs(int) is 'Runs that are no longer kept and that nothing refers to, a batch of them.';
+revoke all on function etl._expired_runs(int) from public;
+grant execute on function etl._expired_runs(int) to etl_retention;
 
 create or replace function etl._delete_runs(max_rows int, out runs int, out attempts int)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_pipeline_id int;
-  v_runs        bigint[];
+  v_runs bigint[] := etl._expired_runs(max_rows);
 begin
-  runs := 0; attempts := 0;
-  for v_pipeline_id in select l.pipeline_id from etl.pipelines l order by l.pipeline_id loop
-    v_runs := etl._expired_runs(v_pipeline_id, max_rows);
-    continue when v_runs = '{}';
-    delete from etl.procedure_runs p where p.run_id = any (v_runs);
-    get diagnostics attempts = row_count;
-    delete from etl.run_scopes s where s.run_id = any (v_runs);
-    delete from etl.run_workers w where w.run_id = any (v_runs);
-    delete from etl.mv_refreshes m where m.run_id = any (v_runs);
-    delete from etl.runs r where r.run_id = any (v_runs);
-    runs := cardinality(v_runs);
-    return;
-  end loop;
+  delete from etl.procedure_runs p where p.run_id = any (v_runs);
+  get diagnostics attempts = row_count;
+  delete from etl.run_scopes s where s.run_id = any (v_runs);
+  delete from etl.run_workers w where w.run_id = any (v_runs);
+  delete from etl.mv_refreshes m where m.run_id = any (v_runs);
+  delete from etl.runs r where r.run_id = any (v_runs);
+  get diagnostics runs = row_count;
 end $$;
 comment on function etl._delete_runs(int) is 'Deletes a batch of runs that are no longer kept, with their attempts, scopes and refreshes. Owned by etl_retention. Called by etl.purge.';
 revoke all on function etl._delete_runs(int) from public;
-grant execute on function etl._delete_runs(int) to etl_owner;
 
 -- What was done by hand is remembered for ever, and so is where each watermark came from last.
 create or replace function etl._delete_moves(max_rows int) returns int
@@ -105,7 +100,6 @@ begin
 end $$;
 comment on function etl._delete_moves(int) is 'Deletes a batch of watermark moves that are no longer kept. Owned by etl_retention. Called by etl.purge.';
 revoke all on function etl._delete_moves(int) from public;
-grant execute on function etl._delete_moves(int) to etl_owner;
 
 -- The newest tick of a key stays: as_of means it.
 create or replace function etl._delete_ticks(max_rows int) returns int

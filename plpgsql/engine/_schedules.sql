@@ -109,14 +109,19 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_cron     text := schedule.definition->>'cron';
   v_zone     text := schedule.definition->>'timezone';
-  v_due      record := etl._due_slots(v_cron, v_zone, schedule.next_at, as_of);
-  v_decision record := etl._decide_slot(schedule, v_due.last_at, as_of);
+  v_due      record;
+  v_decision record;
   v_slot     etl.schedule_slots;
 begin
-  insert into etl.schedule_slots (schedule_id, slot_at, outcome, run_id, reason, passed_over_count)
-  values (schedule.schedule_id, v_due.last_at, v_decision.outcome, v_decision.run_id, v_decision.reason, v_due.slot_count - 1)
-  on conflict do nothing
-  returning * into v_slot;
+  -- One that was configured before there was a clock begins now.
+  if schedule.next_at is not null then
+    v_due := etl._due_slots(v_cron, v_zone, schedule.next_at, as_of);
+    v_decision := etl._decide_slot(schedule, v_due.last_at, as_of);
+    insert into etl.schedule_slots (schedule_id, slot_at, outcome, run_id, reason, passed_over_count)
+    values (schedule.schedule_id, v_due.last_at, v_decision.outcome, v_decision.run_id, v_decision.reason, v_due.slot_count - 1)
+    on conflict do nothing
+    returning * into v_slot;
+  end if;
   update etl.schedules s set next_at = etl._next_slot(v_cron, v_zone, as_of) where s.schedule_id = schedule.schedule_id;
   return v_slot;
 end $$;
@@ -133,7 +138,7 @@ begin
   if not pg_try_advisory_xact_lock_shared(6435443, 0) then return; end if;
   perform etl._beat('clock');
   for v_schedule in
-    select * from etl.schedules s where s.is_active and s.next_at <= as_of order by s.schedule_id for update
+    select * from etl.schedules s where s.is_active and coalesce(s.next_at, '-infinity') <= as_of order by s.schedule_id for update
   loop
     begin
       v_slot := etl._fire_schedule(v_schedule, as_of);

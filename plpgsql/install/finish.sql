@@ -26,6 +26,7 @@ grant usage, create on schema etl to etl_retention;
 grant select, delete on etl.runs, etl.run_scopes, etl.run_workers, etl.procedure_runs, etl.mv_refreshes, etl.state_history to etl_retention;
 alter function etl._delete_runs(int) owner to etl_retention;
 alter function etl._delete_moves(int) owner to etl_retention;
+grant execute on function etl._delete_runs(int), etl._delete_moves(int) to etl_owner;
 revoke create on schema etl from etl_retention;
 reset role;
 revoke etl_retention from etl_owner;
