@@ -80,6 +80,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_cron.sql
 \ir engine/_schedules.sql
 \ir engine/_purge.sql
+\ir engine/_diagnose_clock.sql
 
 -- Verbs
 \ir api/arrived.sql

@@ -320,13 +320,13 @@ def test_a_schedule_that_cannot_be_planned_is_a_run_that_failed(pipeline: Pipeli
 
 def test_a_scheduled_full_refresh_keeps_its_guardrails(pipeline: Pipeline) -> None:
     pipeline.change("orders", allow_full_refresh=True)
-    full = {"mode": "full", "reason": "the source corrects the past"}
-    schedule(pipeline, **full)
+    reason = "the source corrects the past"
+    schedule(pipeline, mode="full", reason=reason)
     (slot,) = tick(pipeline)
     assert slot["outcome"] == "submitted"
     work(pipeline)
     run = pipeline.run(slot["run_id"])
-    assert (run["status"], run["mode"], run["reason"]) == ("succeeded", "full", full["reason"])
+    assert (run["status"], run["mode"], run["reason"]) == ("succeeded", "full", reason)
     operator = pipeline.login("etl_operator")
     pipeline.sql("update etl.schedules set next_at = clock_timestamp()")
     ((*_, outcome, run_id, _, reason),) = operator.execute("select * from etl.fire_schedules()").fetchall()

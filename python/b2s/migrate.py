@@ -71,7 +71,7 @@ def _drain(connection: Connection, seconds: float) -> None:
     while active := _active_runs(connection):
         if time.monotonic() > deadline:
             raise DatabaseError(
-                f"run {active} has not ended within {seconds:g} s; nothing was changed, and runs may start again",
+                f"run {active} has not ended within {seconds:g} s; nothing was changed, runs may start again",
                 "wait for longer: b2s migrate --wait 2h; or stop it: b2s cancel RUN",
                 sqlstate="PT409",
             )

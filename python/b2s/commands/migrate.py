@@ -7,7 +7,7 @@ import argparse
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s migrate."""
-    parser.epilog = "One transaction: everything or nothing. Refused while a run is active, unless it may wait."
+    parser.epilog = "One transaction: everything or nothing. Refused while a run is active, or it may --wait."
     parser.add_argument(
         "--wait",
         nargs="?",

@@ -66,4 +66,3 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"executed": sorted(team.executed), "is_clean": is_clean})
     return 0 if is_clean else 1
-
