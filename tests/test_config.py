@@ -82,7 +82,13 @@ schedules:
     tags: [daily]
     params: {silver.fact_sales: {batch: 5}}
     catch_up: true
-  - {name: often, cron: 30 seconds, groups: [customers], mode: full, reason: as agreed, catch_up: 2h, late_after: 10min}
+  - name: often
+    cron: 30 seconds
+    groups: [customers]
+    mode: full
+    reason: as agreed
+    catch_up: 2h
+    late_after: 10min
 clock: {executor: pg_cron, workers: 2, role: clock_of_sales}
 retention: {runs: forever, logs: 60 days}
 """

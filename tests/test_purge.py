@@ -21,12 +21,17 @@ HISTORY = (
     "full_refresh_freezes",
 )
 STEP_LOGS = """
-create table etl.step_logs (logged_at timestamptz not null, run_id bigint, message text) partition by range (logged_at);
-create table etl.step_logs_p202001 partition of etl.step_logs for values from ('2020-01-01Z') to ('2020-02-01Z');
-create table etl.step_logs_p202002 partition of etl.step_logs for values from ('2020-02-01Z') to ('2020-03-01Z');
-create table etl.step_logs_p203012 partition of etl.step_logs for values from ('2030-12-01Z') to ('2031-01-01Z');
+create table etl.step_logs (logged_at timestamptz not null, run_id bigint, message text)
+  partition by range (logged_at);
+create table etl.step_logs_p202001 partition of etl.step_logs
+  for values from ('2020-01-01Z') to ('2020-02-01Z');
+create table etl.step_logs_p202002 partition of etl.step_logs
+  for values from ('2020-02-01Z') to ('2020-03-01Z');
+create table etl.step_logs_p203012 partition of etl.step_logs
+  for values from ('2030-12-01Z') to ('2031-01-01Z');
 create table etl.step_logs_default partition of etl.step_logs default;
-insert into etl.step_logs values ('2020-01-05Z', 1, 'old'), ('2020-02-05Z', 1, 'old'), ('2030-12-24Z', 2, 'new')"""
+insert into etl.step_logs
+  values ('2020-01-05Z', 1, 'old'), ('2020-02-05Z', 1, 'old'), ('2030-12-24Z', 2, 'new')"""
 
 
 @pytest.fixture
@@ -140,7 +145,8 @@ def test_ticks_leave_but_the_newest_of_each_key(pipeline: Pipeline) -> None:
     )
     assert purge(pipeline)["ticks"] == 5
     left = pipeline.rows(
-        "select state_key, round(extract(epoch from now() - ticked_at) / 86400)::int as days from etl.watermark_ticks"
+        "select state_key, round(extract(epoch from now() - ticked_at) / 86400)::int as days"
+        " from etl.watermark_ticks"
     )
     assert sorted((row["state_key"], row["days"]) for row in left) == [("a", 1), ("b", 7)]
 
@@ -149,8 +155,9 @@ def test_slots_leave_with_their_runs_but_the_last(pipeline: Pipeline) -> None:
     pipeline.apply(retention={"runs": 30}, schedules=[{"name": "s", "cron": "0 2 * * *", "timezone": "UTC"}])
     run_id = pipeline.start().run_id
     pipeline.sql(
-        "insert into etl.schedule_slots select schedule_id, now() - n * interval '1 day', now() - n * interval '1 day',"
-        f" 'submitted', case when n = 40 then {run_id} else 99 end, 0, null from etl.schedules, unnest('{{40,39,38}}'::int[]) n"
+        "insert into etl.schedule_slots select schedule_id, now() - n * interval '1 day',"
+        f" now() - n * interval '1 day', 'submitted', case when n = 40 then {run_id} else 99 end, 0, null"
+        " from etl.schedules, unnest('{40,39,38}'::int[]) n"
     )
     assert purge(pipeline)["slots"] == 1
     assert pipeline.value("select count(*) from etl.schedule_slots") == 2
@@ -160,7 +167,8 @@ def test_logs_leave_by_whole_months(pipeline: Pipeline) -> None:
     pipeline.sql(STEP_LOGS)
     assert purge(pipeline)["months of logs"] == 2
     left = pipeline.column(
-        "select inhrelid::regclass::text from pg_inherits where inhparent = 'etl.step_logs'::regclass order by 1"
+        "select inhrelid::regclass::text from pg_inherits"
+        " where inhparent = 'etl.step_logs'::regclass order by 1"
     )
     assert left == ["etl.step_logs_default", "etl.step_logs_p203012"]
 
@@ -225,14 +233,15 @@ def test_each_pipeline_keeps_its_own_runs(pipeline: Pipeline) -> None:
 
 
 def test_runs_that_something_refers_to_stay(pipeline: Pipeline) -> None:
-    """The run that another one resumes, the one a watermark comes from, and those a table of somebody else names."""
+    """The run that another one resumes, and those that a table of somebody else names."""
     pipeline.routine("orders", "perform 1 / 0")
     failed = pipeline.start().run_id
     pipeline.routine("orders")
     pipeline.conn.execute("call etl.resume_run(%s)", [failed])
     named = pipeline.start().run_id
     pipeline.sql(
-        f"create table silver.notes (run_id bigint references etl.runs); insert into silver.notes values ({named})"
+        "create table silver.notes (run_id bigint references etl.runs);"
+        f" insert into silver.notes values ({named})"
     )
     pipeline.start()
     age(pipeline, failed, named)
@@ -343,7 +352,8 @@ def test_a_run_starts_and_ends_while_history_is_purged(pipeline: Pipeline) -> No
     purging = Background(lambda: purge(pipeline, pipeline.db.connect()))
     wait_until(
         pipeline.conn,
-        "select exists (select from pg_locks where not granted and relation = 'etl.watermark_ticks'::regclass)",
+        "select exists (select from pg_locks"
+        " where not granted and relation = 'etl.watermark_ticks'::regclass)",
     )
     assert pipeline.value("select count(*) from pg_locks where relation = 'etl.procedure_runs'::regclass") > 0
     conn = pipeline.db.connect(options="-c lock_timeout=1s")
@@ -366,8 +376,8 @@ ATTACKS = [
     "grant etl_retention to etl_owner",
     "create function etl._mine() returns void language sql security definer as 'delete from etl.{table}';"
     " alter function etl._mine() owner to etl_retention; select etl._mine()",
-    "create or replace function etl._delete_runs(max_rows int, out runs int, out attempts int) language plpgsql"
-    " security definer as 'begin delete from etl.{table}; end'",
+    "create or replace function etl._delete_runs(max_rows int, out runs int, out attempts int)"
+    " language plpgsql security definer as 'begin delete from etl.{table}; end'",
     "create or replace function etl._delete_moves(max_rows int) returns int language sql"
     " security definer as 'delete from etl.{table}; select 1'",
 ]

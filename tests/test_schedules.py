@@ -340,7 +340,8 @@ def test_one_schedule_that_cannot_be_fired_does_not_stop_the_others(pipeline: Pi
     pipeline.apply(schedules=[NIGHTLY, {**NIGHTLY, "name": "other"}])
     expect_next(pipeline, DUE)
     pipeline.sql(
-        """update etl.schedules set definition = definition || '{"timezone": "Gone"}' where name = 'nightly'"""
+        'update etl.schedules set definition = definition || \'{"timezone": "Gone"}\''
+        " where name = 'nightly'"
     )
     messages = messages_of(pipeline.conn)
     assert [slot["outcome"] for slot in tick(pipeline)] == ["submitted"]
@@ -401,7 +402,9 @@ def test_a_schedule_without_a_successful_run_is_late(pipeline: Pipeline) -> None
     schedule(pipeline, cron="* * * * *", late_after_ms=600_000)
     assert not health(pipeline)["is_late"]
     pipeline.sql(
-        "insert into etl.schedule_slots select schedule_id, now() - interval '11 minutes', now(), 'skipped', null, 0, 'x' from etl.schedules"
+        "insert into etl.schedule_slots"
+        " select schedule_id, now() - interval '11 minutes', now(), 'skipped', null, 0, 'x'"
+        " from etl.schedules"
     )
     found = health(pipeline)
     assert found["is_late"]

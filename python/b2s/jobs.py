@@ -34,8 +34,8 @@ select j.jobname::text, j.schedule, j.command, j.jobid, j.username, j.active fro
  order by j.jobname, j.jobid"""
 _LAST: Final = """
 select j.jobname::text, d.status, d.return_message,
-       j.schedule = '* * * * *' and coalesce(d.end_time, d.start_time) < clock_timestamp() - interval '3 minutes'
-         and d.status not in ('starting', 'running', 'sending')
+       j.schedule = '* * * * *' and d.status not in ('starting', 'running', 'sending')
+         and coalesce(d.end_time, d.start_time) < clock_timestamp() - interval '3 minutes'
   from cron.job j
   left join lateral (
     select * from cron.job_run_details d where d.jobid = j.jobid order by d.runid desc limit 1) d on true

@@ -30,6 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="only this one; repeatable (B2S_PIPELINE; default: all)",
     )
+    what.add_argument(
+        "--schedule",
+        action="store_true",
+        help="be the clock as well: queue what is due, purge history once a day; safe beside other clocks",
+    )
     when = parser.add_argument_group("how long")
     when.add_argument("--once", action="store_true", help="end when nothing is queued any more")
     when.add_argument("--poll", default="1s", metavar="TIME", help="look for runs at least so often (1s)")
@@ -61,6 +66,7 @@ def execute(arguments: argparse.Namespace) -> int:
         logger(log_format, sys.stderr),
         poll=seconds("--poll", arguments.poll),
         is_once=arguments.once,
+        is_clock=arguments.schedule,
     )
     is_clean = team.work(seconds("--grace", arguments.grace))
     if arguments.json:
