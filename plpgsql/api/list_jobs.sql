@@ -33,6 +33,8 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     union all select 'watchdog', case when has_seconds then '10 seconds' else '* * * * *' end, 'select etl.watchdog()' from needs n having bool_or(n.has_timeouts)
     union all select 'ticks', '* * * * *', 'select etl.tick_watermarks()' from needs n having bool_or(n.has_ticks)
     union all select 'purge', '17 3 * * *', 'call etl.purge()' from needs having count(*) > 0
+    union all select 'details', '23 3 * * *', 'delete from cron.job_run_details where end_time < now() - interval ''14 days''' from needs
+      having count(*) > 0 and exists (select from pg_catalog.pg_extension e where e.extname = 'pg_cron')
   )
   select case when octet_length(n.full_name) <= 63 then n.full_name else format('b2s %s %s', left(j.name, 10), left(md5(n.full_name), 8)) end,
          j.schedule, j.command, current_database()
@@ -40,7 +42,8 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
    order by j.name
 $$;
 comment on function etl.list_jobs(jsonb, boolean) is
-  'The pg_cron jobs of this database: clock, workers, reaper, watchdog, ticks and purge, as far as the pipelines need them and their clock.executor is not worker. '
+  'The pg_cron jobs of this database: clock, workers, reaper, watchdog, ticks and purge, as far as the pipelines need them and their clock.executor is not worker; '
+  'and details, which keeps short what pg_cron notes of them, where it lives here. '
   'config: as if that configuration were applied. has_seconds: pg_cron is 1.5 or newer and may fire every few seconds.';
 revoke all on function etl.list_jobs(jsonb, boolean) from public;
 grant execute on function etl.list_jobs(jsonb, boolean) to etl_reader;

@@ -43,8 +43,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     select (select e.extversion from pg_catalog.pg_extension e where e.extname = 'pg_cron') as version,
            (select a.datname from pg_stat_get_activity(null) x join pg_catalog.pg_database a on a.oid = x.datid where x.application_name = 'pg_cron scheduler' limit 1) as scheduler,
            (select count(*) from etl.list_jobs() j where j.command like 'call etl.run_due%') as workers,
-           (select s.setting::int from pg_catalog.pg_settings s where s.name = 'cron.max_running_jobs') as max_running,
-           (select s.setting from pg_catalog.pg_settings s where s.name = 'cron.use_background_workers') as uses_workers
+           (select s.setting::int from pg_catalog.pg_settings s where s.name ~ '^cron\.max_running_jobs$') as max_running,
+           (select s.setting from pg_catalog.pg_settings s where s.name ~ '^cron\.use_background_workers$') as uses_workers
   )
   select 'pg_cron', case when f.version is not null and f.scheduler is null then 'fail' else 'ok' end,
          concat_ws(', ', case when f.version is not null then 'version ' || f.version else 'not installed in this database; only schedules need it' end,
