@@ -22,12 +22,12 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_pipeline_id int;
 begin
-  insert into etl.pipelines (name, description, max_concurrency, search_path, clock, retention)
+  insert into etl.pipelines (name, description, max_concurrency, search_path, helper_server, clock, retention)
   values (config->>'pipeline', config->>'description', (config->>'max_concurrency')::int, etl._text_array(config->'search_path'),
-          coalesce(etl._setting(config->'clock'), '{}'), coalesce(etl._setting(config->'retention'), '{}'))
+          config->>'helper_server', coalesce(etl._setting(config->'clock'), '{}'), coalesce(etl._setting(config->'retention'), '{}'))
   on conflict (name) do update
     set description = excluded.description, max_concurrency = excluded.max_concurrency, search_path = excluded.search_path,
-        clock = excluded.clock, retention = excluded.retention
+        helper_server = excluded.helper_server, clock = excluded.clock, retention = excluded.retention
   returning pipeline_id into v_pipeline_id;
   update etl.groups g set is_active = false
    where g.pipeline_id = v_pipeline_id and g.is_active and g.name not in (select x->>'name' from jsonb_array_elements(config->'groups') x);

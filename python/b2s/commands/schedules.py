@@ -23,22 +23,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s schedules."""
     parser.add_argument("name", nargs="?", metavar="SCHEDULE", help="this one, with what became of it")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="so many slots of it (20)")
-    parser.epilog = "Exit code 1 when a schedule is late: no successful run within late_after of its time."
+    parser.add_argument(
+        "--alive", metavar="TIME", help="only look whether a clock has asked what is due within this time"
+    )
+    parser.epilog = (
+        "Exit code 1 when a schedule is late: no successful run within late_after of its time;\n"
+        "with --alive, when no clock is alive."
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Prints the schedules; of one, its last slots as well."""
     from b2s.db import connect
     from b2s.errors import UsageError
+    from b2s.options import seconds
     from b2s.output import documents, print_json, print_lines, style
 
     name = {"name": arguments.name}
+    limit = seconds("--alive", arguments.alive) if arguments.alive else None
     with connect(arguments.dsn) as connection:
         health = documents(connection, _HEALTH, name)
         history = (
             documents(connection, _HISTORY, {**name, "limit": arguments.limit}) if arguments.name else []
         )
         beats = documents(connection, _BEAT)
+    if limit is not None:
+        print(_clock_line(beats))
+        return 0 if beats and beats[0]["age_s"] <= limit else 1
     if arguments.name and not health and not history:
         raise UsageError(f"there is no schedule {arguments.name}", "b2s schedules lists them")
     is_late = any(one["is_late"] for one in health)
