@@ -81,7 +81,7 @@ def test_part_of_a_group_cannot_be_executed_by_hand(pipeline: Pipeline) -> None:
     pipeline.apply()
     session = pipeline.login("etl_operator")
     with refused("42501", "run.not_owned"), session.transaction():
-        begun = session.execute("select run_id from etl._open_run('{}')").fetchone()
+        begun = session.execute("select run_id from etl._begin_run('{}')").fetchone()
         assert begun is not None
         session.execute("select etl._claim(%s, null, false)", begun)
         session.execute("select etl._execute_scope(%s, 1, 1, etl._change_baseline())", begun)
@@ -94,7 +94,7 @@ def test_a_run_does_not_end_over_a_step_that_was_passed_by(pipeline: Pipeline) -
     pipeline.apply()
     session = pipeline.login("etl_operator")
     with refused("42501", "run.not_owned"), session.transaction():
-        begun = session.execute("select run_id from etl._open_run('{}')").fetchone()
+        begun = session.execute("select run_id from etl._begin_run('{}')").fetchone()
         assert begun is not None
         session.execute("select etl._claim(%s, null, false)", begun)
         session.execute("""select etl._claim(%s, '{"scope_index": 1}', true)""", begun)

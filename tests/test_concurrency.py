@@ -322,7 +322,7 @@ OUT_OF_TURN = {
 """Helpers of the session that executes a run."""
 
 AS_A_REQUEST = {
-    "_open_run": "select etl._open_run('{{}}')",
+    "_begin_run": "select etl._begin_run('{{}}')",
     "_rehearse": "select etl._rehearse('{{}}')",
     "_report_plan": "select etl._report_plan('{{}}', true)",
     "_request_cancel": "select etl._request_cancel({run_id}, 'x')",

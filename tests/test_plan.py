@@ -313,7 +313,7 @@ def check_rows(
 def check_scopes(pipeline: Pipeline, request: Row) -> None:
     """The counters of a stored run are the numbers of edges to each scope; every edge leads onward."""
     with pipeline.conn.transaction(force_rollback=True):
-        run_id = pipeline.value("select run_id from etl._open_run(%s)", Jsonb(request))
+        run_id = pipeline.value("select run_id from etl._begin_run(%s)", Jsonb(request))
         stored = pipeline.rows("select * from etl.run_scopes where run_id = %s order by scope_index", run_id)
     assert [scope["scope_index"] for scope in stored] == list(range(1, len(stored) + 1))
     incoming = dict.fromkeys(range(1, len(stored) + 1), 0)

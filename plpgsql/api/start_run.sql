@@ -94,7 +94,7 @@ begin
     run_id := null; status := 'planned';
     return;
   end if;
-  select * into v_run from etl._open_run(v_request);
+  select * into v_run from etl._begin_run(v_request);
   run_id := v_run.run_id;
   if v_run.is_new then
     call etl._walk(v_run.run_id, v_run.lock_key, wants_helpers => true);

@@ -231,7 +231,7 @@ comment on function etl._known_run(jsonb) is 'The run that the idempotency key o
 revoke all on function etl._known_run(jsonb) from public;
 
 -- From a request to a run that this session owns, or to the run that the same idempotency key already has.
-create or replace function etl._open_run(request jsonb, out run_id bigint, out lock_key int, out status text, out is_new boolean)
+create or replace function etl._begin_run(request jsonb, out run_id bigint, out lock_key int, out status text, out is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_known etl.runs := etl._known_run(request);
@@ -244,9 +244,9 @@ begin
   v_plan := etl._plan(request);
   perform etl._acquire(v_plan.pipeline_id);
   run_id := etl._create_run(request, v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items); status := 'running'; is_new := true;
-  lock_key := (select etl._lock_key(r) from etl.runs r where r.run_id = _open_run.run_id);
+  lock_key := (select etl._lock_key(r) from etl.runs r where r.run_id = _begin_run.run_id);
 end $$;
-comment on function etl._open_run(jsonb) is
+comment on function etl._begin_run(jsonb) is
   'Plans a request and stores it as a run owned by this session. Raises PT409 idempotency_key.reused or run.active.';
-revoke all on function etl._open_run(jsonb) from public;
-grant execute on function etl._open_run(jsonb) to etl_operator;
+revoke all on function etl._begin_run(jsonb) from public;
+grant execute on function etl._begin_run(jsonb) to etl_operator;
