@@ -280,6 +280,31 @@ def test_how_each_procedure_last_ended_and_last_succeeded_stays(pipeline: Pipeli
     assert after[0]["last_success_at"] == before[0]["last_success_at"]
 
 
+def test_how_each_schedule_last_fared_stays(pipeline: Pipeline) -> None:
+    """The scheduled run failed and was resumed: that success is long ago, and there were runs since."""
+    pipeline.apply(
+        retention={"runs": 30}, schedules=[{"name": "yearly", "cron": "0 0 1 1 *", "timezone": "UTC"}]
+    )
+    pipeline.routine("orders", "perform 1 / 0")
+    pipeline.conn.execute("update etl.schedules set next_at = clock_timestamp()")
+    pipeline.conn.execute("call etl.run_due()")
+    pipeline.routine("orders")
+    pipeline.conn.execute("call etl.resume_run(1)")
+    pipeline.sql(
+        "update etl.schedule_slots"
+        " set slot_at = slot_at - interval '99 days', decided_at = now() - interval '99 days'"
+    )
+    for _ in range(3):
+        pipeline.start()
+    age(pipeline, 1, 2, 3, days=99)
+    before = pipeline.rows("select * from etl.schedule_health")
+    assert purge(pipeline)["runs"] == 1
+    assert run_ids(pipeline) == [1, 2, 4, 5]
+    assert pipeline.rows("select * from etl.schedule_health") == before
+    assert before[0]["last_success_at"] is not None
+    assert not before[0]["is_late"]
+
+
 def test_active_and_queued_runs_stay_and_are_not_waited_for(pipeline: Pipeline) -> None:
     pipeline.start()
     pipeline.routine("orders", Gate.WAIT)

@@ -4,14 +4,16 @@ create or replace function etl._diagnose_clock() returns table (check_name text,
 language sql stable set search_path = pg_catalog, pg_temp as $$
   with beat as (
     select (select h from etl.heartbeats h where h.name = 'clock') as clock, (select h from etl.heartbeats h where h.name = 'purge') as purge,
-           (select count(*) from etl.schedules s where s.is_active) as schedules
+           exists (select from etl.schedules s where s.is_active) as has_schedules,
+           (select max(v.applied_at) from etl.config_versions v) > clock_timestamp() - interval '3 minutes' as is_new
   )
-  select 'clock', case when (b.clock).beat_at > clock_timestamp() - interval '3 minutes' then 'ok' else 'fail' end,
-         case when b.clock is null then format('%s schedules, and nothing has ever asked what is due', b.schedules)
-              else format('last asked what is due %s ago, by %s (%s)', date_trunc('second', clock_timestamp() - (b.clock).beat_at),
-                          (b.clock).session_user_name, (b.clock).application_name) end,
+  select 'clock', case when (b.clock).beat_at > clock_timestamp() - interval '3 minutes' then 'ok' when (b.clock).beat_at is null and b.is_new then 'warn' else 'fail' end,
+         case when (b.clock).beat_at is not null then format('last asked what is due %s ago, by %s (%s)', date_trunc('second', clock_timestamp() - (b.clock).beat_at),
+                                                   (b.clock).session_user_name, (b.clock).application_name)
+              when b.is_new then 'nothing has asked yet what is due: pg_cron does so within a minute'
+              else 'there are schedules, and nothing has ever asked what is due' end,
          'b2s worker --schedule; or pg_cron: b2s sync-config makes its jobs, b2s doctor shows what is wrong with them'
-    from beat b where b.schedules > 0
+    from beat b where b.has_schedules
   union all
   select 'schedule', 'fail', format('no successful run of %s for the slot of %s, nor since; %s', h.schedule, to_char(h.late_since, 'YYYY-MM-DD HH24:MI OF'), case
              when h.next_at <= h.late_since then 'no clock has noticed it'

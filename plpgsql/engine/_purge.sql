@@ -26,7 +26,8 @@ $$;
 comment on function etl._reference_sql() is 'The condition that nothing refers to a run r: other runs, watermarks, and whatever else has a foreign key to it.';
 revoke all on function etl._reference_sql() from public;
 
--- How each procedure last ended and last succeeded is shown however long ago that was.
+-- How each procedure, and each schedule, last ended and last succeeded is shown however long ago that was: a schedule that is due
+-- once a year is not late because its run was purged.
 create or replace function etl._remembered_runs(pipeline_id int) returns bigint[]
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(array_agg(distinct q.run_id), '{}')
@@ -35,10 +36,21 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       (select a.run_id from etl.procedure_runs a where a.procedure_id = p.procedure_id and a.lock_key > 0 order by a.run_id desc limit 1)
       union all
       (select a.run_id from etl.procedure_runs a
-        where a.procedure_id = p.procedure_id and a.status = 'succeeded' and a.lock_key > 0 order by a.run_id desc limit 1)) q
+        where a.procedure_id = p.procedure_id and a.status = 'succeeded' and a.lock_key > 0 order by a.run_id desc limit 1)
+      union all
+      select r.run_id
+        from etl.schedules s
+        cross join lateral (
+          (select h.run_id from etl.schedule_slots h where h.schedule_id = s.schedule_id order by h.slot_at desc limit 1)
+          union all
+          (select h.run_id from etl.schedule_slots h
+            where h.schedule_id = s.schedule_id and etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1)) h
+        cross join lateral etl._resumptions(h.run_id) r
+       where s.pipeline_id = p.pipeline_id and s.is_active) q
    where p.pipeline_id = _remembered_runs.pipeline_id and p.is_active
 $$;
-comment on function etl._remembered_runs(int) is 'The runs in which each procedure of a pipeline last ended, and last succeeded.';
+comment on function etl._remembered_runs(int) is
+  'The runs in which each procedure of a pipeline last ended and last succeeded, and those of the last slot, and the last successful one, of each schedule.';
 revoke all on function etl._remembered_runs(int) from public;
 
 -- Whole runs of one pipeline, the oldest first, until they have so many attempts together; one at least.

@@ -151,15 +151,23 @@ end $$;
 comment on function etl._fire_schedules(timestamptz) is 'Decides everything that is due at a moment.';
 revoke all on function etl._fire_schedules(timestamptz) from public;
 
+create or replace function etl._resumptions(run_id bigint) returns setof etl.runs
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  with recursive attempts(run_id) as (
+    select _resumptions.run_id
+    union
+    select r.run_id from attempts a join etl.runs r on r.parent_run_id = a.run_id
+  )
+  select r.* from attempts a join etl.runs r using (run_id)
+$$;
+comment on function etl._resumptions(bigint) is 'A run, the runs that resumed it, those that resumed them, and so on.';
+revoke all on function etl._resumptions(bigint) from public;
+grant execute on function etl._resumptions(bigint) to etl_reader;
+
 -- A resumed run that succeeds counts for the slot of the run it resumes.
 create or replace function etl._succeeded_at(run_id bigint) returns timestamptz
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  with recursive attempts as (
-    select r.run_id, r.status, r.ended_at from etl.runs r where r.run_id = _succeeded_at.run_id
-    union all
-    select r.run_id, r.status, r.ended_at from attempts a join etl.runs r on r.parent_run_id = a.run_id
-  )
-  select min(a.ended_at) from attempts a where a.status in ('succeeded', 'completed_with_warnings')
+  select min(r.ended_at) from etl._resumptions(run_id) r where r.status in ('succeeded', 'completed_with_warnings')
 $$;
 comment on function etl._succeeded_at(bigint) is 'When a run, or one that resumed it, succeeded; or null.';
 revoke all on function etl._succeeded_at(bigint) from public;

@@ -156,8 +156,9 @@ def main() -> int:
             print("| runs, ms     |  count |    p50 |    p95 |    p99 |    max |\n|---|---|---|---|---|---|")
             print(shown("before", before))
             print(shown("meanwhile", during))
-            waits = embedded.log.read_text(errors="replace").count("still waiting for")
-            print(f"\nwaits for a lock of more than 10 ms: {waits}")
+            log = embedded.log.read_text(errors="replace").splitlines()
+            waits = [line for line in log if "still waiting for" in line]
+            print("\n".join([f"\nwaits for a lock of more than 10 ms: {len(waits)}", *waits]))
     return 0
 
 
