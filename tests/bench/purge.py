@@ -77,7 +77,7 @@ def fill(conn_of: Database, attempts: int, steps: int) -> float:
 
 def runs(pipeline: Pipeline, until: threading.Event | None) -> list[float]:
     """The durations of runs, ms: so many, or until something is over."""
-    conn, took = pipeline.db.connect(), []
+    conn, took = pipeline.db.connect(), list[float]()
     while (len(took) < ROUNDS) if until is None else not until.is_set():
         began = time.perf_counter()
         conn.execute("call etl.start_run()")
