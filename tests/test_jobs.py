@@ -366,15 +366,18 @@ def test_doctor_knows_the_jobs(shell: Shell, cron: Connection) -> None:
     assert found["remedy"] == "b2s sync-config puts it right"
 
 
-def test_doctor_reports_jobs_that_failed_or_do_not_begin(shell: Shell, cron: Connection) -> None:
+def test_doctor_reports_jobs_that_failed_do_not_begin_or_do_not_end(shell: Shell, cron: Connection) -> None:
+    shell.write(FILE.replace("fact}", "fact, timeout: 5min}"))
     shell("sync-config")
     for name, status, ago in (
         ("clock", "succeeded", 9),
         ("reaper", "failed", 1),
         ("purge", "succeeded", 500),
+        ("watchdog", "running", 5),
+        ("worker bronze_to_silver 1", "running", 99),
     ):
         cron.execute(
-            "insert into cron.job_run_details (jobid, runid, username, status, return_message, end_time)"
+            "insert into cron.job_run_details (jobid, runid, username, status, return_message, start_time)"
             " select jobid, jobid + 100000, username, %s, 'ERROR:  it broke',"
             " now() - %s * interval '1 minute'"
             " from cron.job where jobname = %s",
@@ -384,6 +387,7 @@ def test_doctor_reports_jobs_that_failed_or_do_not_begin(shell: Shell, cron: Con
     assert details == [
         "the job b2s cron clock has not begun for three minutes",
         "the job b2s cron reaper failed when it was last executed: ERROR:  it broke",
+        "the job b2s cron watchdog began more than three minutes ago and has not ended",
     ]
 
 
@@ -395,10 +399,13 @@ def test_doctor_without_pg_cron(db: Database, shell_in: ShellIn) -> None:
     (found,) = findings(shell, "jobs")
     assert (found["status"], found["remedy"][:21]) == ("fail", "b2s worker --schedule")
     (clock,) = findings(shell, "clock")
-    assert (clock["status"], clock["detail"]) == (
-        "fail",
-        "1 schedules, and nothing has ever asked what is due",
-    )
+    assert (clock["status"], clock["detail"][:35]) == ("warn", "nothing has asked yet what is due: ")
+    with db.connect() as conn, conn.transaction():
+        conn.execute("set local session_replication_role = replica")
+        conn.execute("update etl.config_versions set applied_at = applied_at - interval '4 minutes'")
+    (clock,) = findings(shell, "clock")
+    assert clock["status"] == "fail"
+    assert clock["detail"] == "there are schedules, and nothing has ever asked what is due"
     db.connect().execute("select * from etl.fire_schedules()")
     assert [one["status"] for one in findings(shell, "jobs") + findings(shell, "clock")] == ["ok", "ok"]
 

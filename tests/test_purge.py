@@ -186,6 +186,8 @@ def test_a_month_of_logs_in_use_is_left_for_the_next_purge_and_blocks_nobody(pip
     other.execute("insert into etl.step_logs values (now(), 4, 'is not blocked')")
     writer.rollback()
     assert purge(pipeline)["months of logs"] == 2
+    settings = pipeline.value("select proconfig from pg_proc where proname = '_drop_logs'")
+    assert "lock_timeout=20ms" in settings, "whoever writes logs waits for that long behind it"
 
 
 def test_the_longest_retention_holds_for_what_pipelines_share(pipeline: Pipeline) -> None:

@@ -35,7 +35,9 @@ select j.jobname::text, j.schedule, j.command, j.jobid, j.username, j.active fro
 _LAST: Final = """
 select j.jobname::text, d.status, d.return_message,
        j.schedule = '* * * * *' and d.status not in ('starting', 'running', 'sending')
-         and coalesce(d.end_time, d.start_time) < clock_timestamp() - interval '3 minutes'
+         and coalesce(d.end_time, d.start_time) < clock_timestamp() - interval '3 minutes',
+       j.command like 'select %%' and d.status in ('starting', 'running', 'sending')
+         and d.start_time < clock_timestamp() - interval '3 minutes'
   from cron.job j
   left join lateral (
     select * from cron.job_run_details d where d.jobid = j.jobid order by d.runid desc limit 1) d on true
@@ -143,8 +145,11 @@ class Cron:
         with _as_owner(self.connection, self.role):
             rows = self.connection.execute(_LAST.encode(), {"database": self.database}).fetchall()
         found: list[tuple[Literal["warn", "fail"], str, str]] = []
-        for name, status, message, is_stuck in rows:
+        for name, status, message, is_late, is_stuck in rows:
             if is_stuck:
+                detail = f"the job {name} began more than three minutes ago and has not ended"
+                found.append(("fail", detail, f"in {self.home}: {_SHOW}; what does its backend wait for?"))
+            elif is_late:
                 detail = f"the job {name} has not begun for three minutes"
                 found.append(("fail", detail, f"in {self.home}: {_SHOW}; is the scheduler alive?"))
             elif status == "failed":
