@@ -325,6 +325,16 @@ def test_a_long_name_is_cut_so_that_it_stays_one_of_its_own(db: Database) -> Non
         assert len(set(found)) == 2
 
 
+def test_ticks_are_noted_where_watermarks_are_ids_and_workers_may_be_none(db: Database) -> None:
+    with Pipeline(db) as pipeline:
+        pipeline.sql("create table bronze.rows (id bigint primary key)")
+        watermark = {"strategy": "id", "source": ["bronze.rows.id"], "state_key": "rows", "delay_ms": 0}
+        pipeline.add("rows", arguments="p_since bigint, p_until bigint", watermark=watermark)
+        pipeline.apply(clock={"workers": 0})
+        found = pipeline.column("select split_part(jobname, ' ', 3) from etl.list_jobs() order by 1")
+        assert found == ["purge", "reaper", "ticks"]
+
+
 def test_every_few_seconds_where_pg_cron_can(db: Database) -> None:
     with Pipeline(db) as pipeline:
         pipeline.add("orders", timeout_ms=1000)

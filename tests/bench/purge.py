@@ -1,6 +1,6 @@
 """What purging history costs, and what runs notice of it.
 
-    python -m tests.bench.purge [--attempts 10000000] [--steps 100] [--major 18] [--bindir DIR]
+    python -m tests.bench.purge [--attempts 1000000] [--steps 100] [--major 18] [--bindir DIR]
 
 Old runs of --steps steps each are made with generate_series, as wide as real ones; then `call etl.purge()`
 deletes them while another session starts a run every 50 ms. The floors are taken in the same database: the
@@ -115,7 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--attempts", type=int, default=10_000_000)
+    parser.add_argument("--attempts", type=int, default=1_000_000)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=5000)
     parser.add_argument("--major", type=int, help="which embedded Postgres")
