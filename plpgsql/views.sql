@@ -93,12 +93,14 @@ select l.name as pipeline, s.name as schedule, s.definition->>'cron' as cron, s.
   left join lateral (select * from etl.schedule_slots h where h.schedule_id = s.schedule_id order by h.slot_at desc limit 1) last on true
   left join etl.runs r on r.run_id = last.run_id
   left join lateral (
-    select h.slot_at, etl._succeeded_at(h.run_id) as at from etl.schedule_slots h
-     where h.schedule_id = s.schedule_id and h.run_id is not null and etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1) success on true
-  left join lateral (
-    select max(q.slot_at) as slot_at
-      from (select s.next_at as slot_at union all (select h.slot_at from etl.schedule_slots h where h.schedule_id = s.schedule_id order by h.slot_at desc limit 1000)) q
-     where q.slot_at <= clock_timestamp() - coalesce((s.definition->>'late_after_ms')::bigint, 3600000) * interval '1 ms') due on true
+    select h.slot_at, etl._succeeded_at(h.run_id) as at
+      from (select * from etl.schedule_slots x where x.schedule_id = s.schedule_id and x.run_id is not null order by x.slot_at desc limit 10000) h
+     where etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1) success on true
+  cross join lateral (
+    select clock_timestamp() - coalesce((s.definition->>'late_after_ms')::bigint, 3600000) * interval '1 ms' as until) late
+  cross join lateral (
+    select greatest(case when s.next_at <= late.until then s.next_at end,
+                    (select max(h.slot_at) from etl.schedule_slots h where h.schedule_id = s.schedule_id and h.slot_at <= late.until)) as slot_at) due
  where s.is_active;
 comment on view etl.schedule_health is
   'How each active schedule fares: when it is due next, what became of its last slot, when a run of it last succeeded. is_late: a slot (late_since) has no successful run '

@@ -43,8 +43,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         cross join lateral (
           (select h.run_id from etl.schedule_slots h where h.schedule_id = s.schedule_id order by h.slot_at desc limit 1)
           union all
-          (select h.run_id from etl.schedule_slots h
-            where h.schedule_id = s.schedule_id and etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1)) h
+          (select h.run_id from (select * from etl.schedule_slots x where x.schedule_id = s.schedule_id and x.run_id is not null order by x.slot_at desc limit 10000) h
+            where etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1)) h
         cross join lateral etl._resumptions(h.run_id) r
        where s.pipeline_id = p.pipeline_id and s.is_active) q
    where p.pipeline_id = _remembered_runs.pipeline_id and p.is_active
