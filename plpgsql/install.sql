@@ -14,7 +14,7 @@
 \set ON_ERROR_STOP on
 \set ON_ERROR_ROLLBACK off
 \set QUIET on
-\set version 0.1.0
+\set version 0.2.0
 
 begin;
 select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
@@ -32,6 +32,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir install/migration.sql
 \set migration 0004_access
 \set sha256 506adcb9b732e37de3c6de9dd1d13ca0fe7fa97ba28fb05102a73446cd209b39
+\ir install/migration.sql
+\set migration 0005_clock
+\set sha256 8cee9691b9fb5b1ab2f9e8415277c2a224bb6fa434951d89fcbad2ac24d5c0ac
 \ir install/migration.sql
 
 -- Engine
@@ -84,6 +87,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_contract_checks.sql
 \ir engine/_contract_findings.sql
 \ir engine/_diagnose_engine.sql
+\ir engine/_cron.sql
+\ir engine/_schedules.sql
+\ir engine/_purge.sql
+\ir engine/_diagnose_clock.sql
 
 -- What runs as etl_owner
 \ir install/steps_begin.sql
@@ -115,6 +122,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/set_watermark.sql
 \ir api/rebase_watermark.sql
 \ir api/tick_watermarks.sql
+\ir api/fire_schedules.sql
+\ir api/run_due.sql
+\ir api/list_jobs.sql
+\ir api/purge.sql
 \ir api/plan_config.sql
 \ir api/apply_config.sql
 \ir api/diagnose.sql

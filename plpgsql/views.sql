@@ -77,4 +77,36 @@ comment on view etl.backfill_progress is
   'Backfills: range, chunks that succeeded (done), failed or are left, rows, rates, and when it will have ended (eta) at the mean time of a chunk. '
   'Left are those not started yet, or never: etl.backfill(resume => run_id) takes them up, and those that failed.';
 
-grant select on etl.backfill_progress, etl.run_history, etl.step_history, etl.procedure_health, etl.run_events to etl_reader;
+create or replace view etl.schedule_history as
+select l.name as pipeline, s.name as schedule, h.slot_at, h.decided_at, h.outcome, h.run_id, r.status as run_status, r.duration_ms, h.passed_over_count,
+       coalesce(h.reason, r.error_message) as reason
+  from etl.schedule_slots h join etl.schedules s using (schedule_id) join etl.pipelines l using (pipeline_id) left join etl.runs r using (run_id);
+comment on view etl.schedule_history is 'What became of each time at which a schedule was due, and how its run fared; run_status is null once that was purged.';
+
+-- Due is what was decided, or should have been: with a clock that has died, next_at stays in the past.
+create or replace view etl.schedule_health as
+select l.name as pipeline, s.name as schedule, s.definition->>'cron' as cron, s.definition->>'timezone' as timezone, s.next_at,
+       last.slot_at as last_slot_at, last.outcome as last_outcome, last.run_id as last_run_id, r.status as last_status, last.reason as last_reason,
+       success.slot_at as last_success_slot_at, success.at as last_success_at,
+       coalesce(due.slot_at > coalesce(success.slot_at, '-infinity'), false) as is_late,
+       case when due.slot_at > coalesce(success.slot_at, '-infinity') then due.slot_at end as late_since
+  from etl.schedules s
+  join etl.pipelines l using (pipeline_id)
+  left join lateral (select * from etl.schedule_slots h where h.schedule_id = s.schedule_id order by h.slot_at desc limit 1) last on true
+  left join etl.runs r on r.run_id = last.run_id
+  left join lateral (
+    select h.slot_at, etl._succeeded_at(h.run_id) as at
+      from (select * from etl.schedule_slots x where x.schedule_id = s.schedule_id and x.run_id is not null order by x.slot_at desc limit 10000) h
+     where etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1) success on true
+  cross join lateral (
+    select clock_timestamp() - coalesce((s.definition->>'late_after_ms')::bigint, 3600000) * interval '1 ms' as until) late
+  cross join lateral (
+    select greatest(case when s.next_at <= late.until then s.next_at end,
+                    (select max(h.slot_at) from etl.schedule_slots h where h.schedule_id = s.schedule_id and h.slot_at <= late.until)) as slot_at) due
+ where s.is_active;
+comment on view etl.schedule_health is
+  'How each active schedule fares: when it is due next, what became of its last slot, when a run of it last succeeded. is_late: a slot (late_since) has no successful run '
+  'at or after it although late_after has passed, whatever the reason: a run that failed, was skipped or still runs, no worker, no clock.';
+
+grant select on etl.backfill_progress, etl.run_history, etl.step_history, etl.procedure_health, etl.run_events, etl.schedule_history, etl.schedule_health
+  to etl_reader;

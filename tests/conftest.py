@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from b2s.embedded import EmbeddedError
+from b2s.migrate import migrate
 from tests import servers
 from tests.servers import Database, NoServer, Server
 
@@ -165,17 +167,23 @@ def cron_server() -> Iterator[Server]:
         if os.environ.get("B2S_REQUIRE_PG_CRON") == "1":
             pytest.fail(missing, pytrace=False)
         pytest.skip(missing)
-    started = servers.start("system", servers.CRON_SETTINGS)
+    started = servers.start_with_cron()
     yield started
     started.close()
 
 
 @pytest.fixture
 def cron_db(cron_server: Server) -> Iterator[Database]:
-    """A migrated database with the extension pg_cron, whose scheduler is running."""
-    database = cron_server.create_database(servers.CRON_DATABASE, template=cron_server.migrated_template())
-    cron_server.restart()  # the scheduler gives up for good when its database is missing or dropped
-    with cron_server.connect(servers.CRON_DATABASE) as conn:
-        conn.execute("create extension pg_cron")
+    """A migrated database with pg_cron, whose scheduler is running; its schemas and jobs go."""
+    database = Database(cron_server, servers.CRON_DATABASE)
+    migrate(make_conninfo(database.dsn, user="b2s_deployer"))
     yield database
-    database.drop()
+    for conn in database.connections:
+        conn.close()
+    with cron_server.connect(servers.CRON_DATABASE) as conn:
+        conn.execute("delete from cron.job")
+        conn.execute(
+            "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
+            " where datname = current_database() and usename like 'b2s%'"
+        )
+        conn.execute("drop schema if exists etl, silver, bronze cascade")

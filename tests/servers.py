@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -41,11 +42,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
 }
 
 CRON_DATABASE: Final = "cron"
-CRON_SETTINGS: Final[Mapping[str, Setting]] = {
-    "shared_preload_libraries": "pg_cron",
-    "cron.database_name": CRON_DATABASE,
-    "cron.use_background_workers": True,
-}
+INITDB: Final = Path(__file__).resolve().parents[1] / "docker" / "initdb.d"
 
 Connection = psycopg.Connection[Any]
 
@@ -205,6 +202,55 @@ def start(label: str, settings: Mapping[str, Setting] | None = None) -> Server:
     embedded = EmbeddedServer(bindir=binaries.directory, settings={**SETTINGS, **(settings or {})})
     embedded.start()
     return Server(label, embedded.dsn, embedded.version, embedded.bindir, embedded, embedded.stop)
+
+
+def start_with_cron() -> Server:
+    """The system's Postgres with pg_cron, set up by the files that the image of docker/ runs.
+
+    The jobs connect through the Unix socket, which trusts every login: pg_cron 1.4 must not use background
+    workers, since one long job would hold up all others.
+    """
+    binaries = system()
+    if binaries is None:
+        raise NoServer("there is no Postgres of the system to start with pg_cron")
+    place = Path(tempfile.mkdtemp(prefix="b2s-cron-", dir="/tmp"))
+    place.chmod(0o755)
+    settings: dict[str, Setting] = {
+        **SETTINGS,
+        "shared_preload_libraries": "pg_cron",
+        "cron.database_name": CRON_DATABASE,
+        "cron.use_background_workers": False,
+        "cron.host": str(place / "server" / "run"),
+    }
+    embedded = EmbeddedServer(place / "server", bindir=binaries.directory, settings=settings)
+
+    def close() -> None:
+        embedded.stop("immediate")
+        shutil.rmtree(place, ignore_errors=True)
+
+    try:
+        embedded.start()
+        server = Server("system", embedded.dsn, embedded.version, embedded.bindir, embedded, close)
+        server.create_database(CRON_DATABASE)
+        embedded.restart()  # the scheduler gives up for good when its database is missing
+        run_init_files(server)
+    except BaseException:
+        close()
+        raise
+    return server
+
+
+def run_init_files(server: Server) -> None:
+    """What the entry point of the image does with docker/initdb.d, as far as it concerns these files."""
+    where = psycopg.conninfo.conninfo_to_dict(server.dsn(CRON_DATABASE))
+    environment = {**os.environ, "PGHOST": str(where["host"]), "PGPORT": str(where["port"])}
+    environment |= {"POSTGRES_USER": str(where["user"]), "POSTGRES_DB": CRON_DATABASE}
+    psql = ["psql", "-X", "-v", "ON_ERROR_STOP=1", "-d", server.dsn(CRON_DATABASE), "-f"]
+    for file in sorted(INITDB.iterdir()):
+        command = [*psql, str(file)] if file.suffix == ".sql" else ["sh", str(file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise NoServer(f"{file.name} failed: {done.stderr}")
 
 
 def binaries_of(label: str) -> Binaries | None:

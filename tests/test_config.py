@@ -82,7 +82,15 @@ schedules:
     tags: [daily]
     params: {silver.fact_sales: {batch: 5}}
     catch_up: true
-  - {name: often, cron: 30 seconds, groups: [customers]}
+  - name: often
+    cron: 30 seconds
+    groups: [customers]
+    mode: full
+    reason: as agreed
+    catch_up: 2h
+    late_after: 10min
+clock: {executor: pg_cron, workers: 2, role: clock_of_sales}
+retention: {runs: forever, logs: 60 days}
 """
 
 # Line 3 is the procedure, so that a case which begins with `    ` continues it on line 5.
@@ -122,6 +130,8 @@ def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: P
             {"name": "empty", "description": None},
             {"name": "other", "description": None},
         ],
+        "clock": {"executor": "pg_cron", "workers": 2, "role": "clock_of_sales"},
+        "retention": {"runs": "forever", "logs": 60, "ticks": 30},
     }
     assert locations == {
         "name": "silver.dim_locations",
@@ -251,10 +261,13 @@ def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: P
         "groups": ["customers"],
         "tags": ["daily"],
         "params": {"silver.fact_sales": {"batch": 5}},
+        "reason": None,
         "on_conflict": "skip",
         "catch_up": True,
+        "late_after_ms": 3_600_000,
     }
-    assert (often["cron"], often["timezone"], often["mode"]) == ("30 seconds", "UTC", None)
+    assert (often["cron"], often["timezone"], often["mode"]) == ("30 seconds", "UTC", "full")
+    assert (often["reason"], often["catch_up"], often["late_after_ms"]) == ("as agreed", 7_200_000, 600_000)
 
 
 def test_a_minimal_file_has_the_documented_defaults(tmp_path: Path) -> None:
@@ -909,6 +922,21 @@ SCHEDULES: list[tuple[str, str, str]] = [
         "8:5 the schedule n gives no value for k, a required param",
     ),
     (
+        "a full refresh without a reason",
+        "name: n, cron: 5 seconds, tags: [x], mode: full",
+        "8:49 the schedule n refreshes fully and gives no reason",
+    ),
+    (
+        "a number as lateness",
+        "name: n, cron: 5 seconds, tags: [x], catch_up: 5",
+        "8:53 catch_up: 5 is neither true, nor false, nor a duration",
+    ),
+    (
+        "no time to be late",
+        "name: n, cron: 5 seconds, tags: [x], late_after: 0s",
+        "8:55 late_after: '0s' is not longer than zero",
+    ),
+    (
         "an unknown reaction",
         "name: n, cron: 5 seconds, tags: [x], on_conflict: wait",
         "8:56 on_conflict must be 'skip', 'queue' or 'fail'",
@@ -964,6 +992,10 @@ def test_a_schedule_that_gives_the_required_param_is_accepted(tmp_path: Path) ->
         ("    dependencies: [b]", "did you mean 'silver.b'?"),
         ("    params: {x: {type: string, minimum: 1}}", "minimum belongs to the type integer or number"),
         ("    args: {p_sinc: x}", "did you mean 'p_since'?"),
+        ("retention: {runs: 400}", "write 400 days"),
+        ("retention: {logs: 0 days}", "write 400 days, or forever"),
+        ("retention: {log: 9 days}", "did you mean 'logs'?"),
+        ("clock: {executor: cron}", "did you mean 'pg_cron'?"),
         ("schedules: [{name: n, cron: '@daily'}]", "write '0 0 * * *'"),
         ("schedules: [{name: n, cron: '5/10 * * * *'}]", "write 5-59/10"),
         ("schedules: [{name: n, cron: 9 seconds, timezone: europe/berlin}]", "did you mean 'Europe/Berlin'?"),

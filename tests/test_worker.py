@@ -330,3 +330,69 @@ def test_wrong_options_of_a_worker_are_explained(pipeline: Pipeline, tmp_path: P
         with worker(pipeline, tmp_path, *words) as running:
             assert running.end() == 2
             assert text in running.err
+
+
+# -- the clock --
+
+
+def test_a_worker_with_schedules_fires_and_executes_them(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.add("a")
+    pipeline.apply(schedules=[{"name": "often", "cron": "1 seconds", "timezone": "UTC"}])
+    with worker(pipeline, tmp_path, "--schedule", "--poll", "1h") as running:
+        running.wait_for('"schedule_fired"', 2)
+        running.wait_for('"run_succeeded"', 2)
+        first, second, *_ = running.events("schedule_fired")
+        assert (first["schedule"], first["outcome"], first["pipeline"]) == (
+            "often",
+            "submitted",
+            pipeline.name,
+        )
+        assert first["slot_at"] < second["slot_at"]
+        running.wait_for('"history_purged"')
+        running.send(signal.SIGTERM)
+        assert running.end() == 0
+    names = pipeline.column("select name from etl.heartbeats order by name")
+    assert names == ["clock", "purge"]
+
+
+def test_workers_with_schedules_side_by_side_start_each_run_once(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.add("a")
+    pipeline.apply(schedules=[{"name": "often", "cron": "1 seconds", "timezone": "UTC"}])
+    with (
+        worker(pipeline, tmp_path, "--schedule") as one,
+        worker(pipeline, tmp_path, "--schedule") as other,
+    ):
+        one.wait_for(OPEN)
+        other.wait_for(OPEN)
+        wait_until(
+            pipeline.conn, "select count(*) >= 4 from etl.runs where status = 'succeeded'", timeout=SECONDS
+        )
+        for running in (one, other):
+            running.send(signal.SIGTERM)
+            assert running.end() == 0
+        fired = [*one.events("schedule_fired"), *other.events("schedule_fired")]
+    slots = [event["slot_at"] for event in fired]
+    assert len(slots) == len(set(slots))
+    assert pipeline.value("select count(*) = count(distinct idempotency_key) from etl.runs")
+
+
+def test_a_worker_that_does_not_stay_can_be_called_by_a_clock(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.add("a")
+    pipeline.apply(schedules=[{"name": "often", "cron": "* * * * *", "timezone": "UTC"}])
+    pipeline.conn.execute("update etl.schedules set next_at = date_trunc('minute', now())")
+    with worker(pipeline, tmp_path, "--schedule", "--once") as running:
+        assert running.end() == 0
+        assert len(running.events("schedule_fired")) == 1
+        assert len(running.events("run_succeeded")) == 1
+    with worker(pipeline, tmp_path, "--once") as running:
+        assert running.end() == 0
+
+
+def test_a_worker_without_the_option_fires_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.add("a")
+    pipeline.apply(schedules=[{"name": "often", "cron": "* * * * *", "timezone": "UTC"}])
+    pipeline.conn.execute("update etl.schedules set next_at = date_trunc('minute', now())")
+    with worker(pipeline, tmp_path, "--once") as running:
+        assert running.end() == 0
+    assert pipeline.value("select count(*) from etl.runs") == 0
+    assert pipeline.value("select count(*) from etl.heartbeats") == 0

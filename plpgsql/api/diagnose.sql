@@ -21,8 +21,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   union all
   select 'track_counts', case when current_setting('track_counts')::boolean then 'ok' else 'fail' end, current_setting('track_counts'),
          'rows per table cannot be counted without it: alter system set track_counts = on; select pg_reload_conf()'
-  union all
-  select 'pg_cron', 'ok', coalesce('version ' || (select e.extversion from pg_catalog.pg_extension e where e.extname = 'pg_cron'), 'not installed; only schedules need it'), null
 $$;
 comment on function etl._diagnose_session() is 'Findings about the server, the role and the settings of this session.';
 revoke all on function etl._diagnose_session() from public;
@@ -248,11 +246,16 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select 4, f.* from etl._diagnose_xid_columns() f
     union all
     select 4, f.* from etl._diagnose_horizons() f
+    union all
+    select 5, f.* from etl._diagnose_pg_cron() f
+    union all
+    select 5, f.* from etl._diagnose_clock() f
   ), sound(part, check_name, detail) as (
     values (1, 'engine', 'as it was installed'), (2, 'run', 'no run is dead'), (2, 'run lock', 'held by living runs only'), (2, 'full refresh', 'not frozen'),
            (3, 'routine', 'all configured routines exist and fit'), (3, 'source', 'etl_owner may read every watermark column'),
            (3, 'materialized view', 'all can be refreshed while they are read'),
-           (4, 'watermark', 'every source is as its strategy needs it'), (4, 'horizon', 'nobody holds a window back')
+           (4, 'watermark', 'every source is as its strategy needs it'), (4, 'horizon', 'nobody holds a window back'),
+           (5, 'schedule', 'none is late'), (5, 'queue', 'nothing waits for a worker'), (5, 'retention', 'nothing is kept that is no longer to be')
   )
   select f.check_name, f.status, f.detail, case when f.status <> 'ok' then f.remedy end
     from (select * from found

@@ -220,3 +220,46 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._relation_problems(jsonb) is 'What is wrong with the relations between the procedures of a configuration.';
 revoke all on function etl._relation_problems(jsonb) from public;
+
+-- A day that never comes is found by looking for it.
+create or replace function etl._schedule_time_problem(schedule jsonb, out field text, out message text, out hint text)
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  field := 'timezone'; hint := 'select name from pg_timezone_names lists what this server knows';
+  begin
+    message := case when schedule->>'timezone' is null then 'a schedule needs a time zone' end;
+    perform clock_timestamp() at time zone (schedule->>'timezone');
+  exception when invalid_parameter_value then
+    message := format('the server does not know the time zone %s', schedule->>'timezone');
+  end;
+  if message is not null then return; end if;
+  field := 'cron'; hint := 'minute, hour, day of month, month, day of week, such as 0 2 * * *; or 30 seconds';
+  message := etl._cron_problem(schedule->>'cron');
+  if message is null and etl._next_slot(schedule->>'cron', schedule->>'timezone', clock_timestamp()) = 'infinity' then
+    message := format('%s names a day that never comes', schedule->>'cron');
+    hint := 'correct the day of month, or the month';
+  end if;
+end $$;
+comment on function etl._schedule_time_problem(jsonb) is 'What is wrong with when a schedule is due, or null.';
+revoke all on function etl._schedule_time_problem(jsonb) from public;
+
+create or replace function etl._clock_problems(config jsonb) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  with found(loc, message, hint) as (
+    select jsonb_build_array('schedules', s->>'name', p.field), p.message, p.hint
+      from jsonb_array_elements(config->'schedules') s cross join lateral etl._schedule_time_problem(s) p where p.message is not null
+    union all
+    select jsonb_build_array('schedules', s->>'name', 'reason'), format('the schedule %s refreshes fully and gives no reason', s->>'name'),
+           'a full refresh needs a reason, which is kept with each run: add reason: ...'
+      from jsonb_array_elements(config->'schedules') s where s->>'mode' = 'full' and coalesce(btrim(s->>'reason'), '') = ''
+    union all
+    select jsonb_build_array('retention', r.key), format('%s cannot be kept for %s days', r.key, r.value), 'a whole number of days from 1 on, or forever'
+      from jsonb_each(etl._setting(config->'retention')) r where r.value <> '"forever"' and not jsonb_path_exists(r.value, '$ ? (@ >= 1 && @ <= 36500 && @ == @.floor())')
+    union all
+    select jsonb_build_array('clock', 'workers'), format('%s is not a number of workers', config#>>'{clock,workers}'), 'a whole number from 0 to 64'
+     where config#>'{clock,workers}' is not null and not jsonb_path_exists(config, '$.clock.workers ? (@ >= 0 && @ <= 64 && @ == @.floor())')
+  )
+  select coalesce(jsonb_agg(etl._config_problem(f.loc, f.message, f.hint)), '[]') from found f
+$$;
+comment on function etl._clock_problems(jsonb) is 'What is wrong with the schedules, the clock and the retention of a configuration.';
+revoke all on function etl._clock_problems(jsonb) from public;

@@ -12,4 +12,4 @@ end $$;
 comment on function etl._fail(text, text, text, text, jsonb) is
   'Raises an error with SQLSTATE PTnnn, a message, a hint and {"code": ...} in DETAIL.';
 revoke all on function etl._fail(text, text, text, text, jsonb) from public;
-grant execute on function etl._fail(text, text, text, text, jsonb) to etl_reader;
+grant execute on function etl._fail(text, text, text, text, jsonb) to etl_reader, etl_retention;

@@ -1,4 +1,7 @@
--- Ended runs and attempts, and everything append-only, cannot be changed or deleted by any role, the owner included.
+-- Ended runs and attempts, and everything append-only, cannot be changed or deleted by any role, the owner included. What has
+-- been kept for long enough is deleted by the role etl_retention, which only etl.purge can act as (engine/_purge.sql): no
+-- setting, lock or row that somebody could make opens that door, and no role is a member of it. Who administers it, and so could
+-- become it, finds it shut as well: it opens to the functions of that role and not to the role.
 create or replace function etl._refuse_change() returns trigger
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
@@ -33,18 +36,24 @@ comment on function etl._guard_attempt() is
   'Trigger: an ended attempt cannot be changed (PT409 history.immutable), and an attempt is consistent in itself (23514).';
 revoke all on function etl._guard_attempt() from public;
 
-create or replace trigger an_ended_run_is_immutable before update or delete on etl.runs
+create or replace trigger an_ended_run_is_immutable before update on etl.runs
   for each row when (old.ended_at is not null) execute function etl._refuse_change();
+create or replace trigger an_ended_run_is_not_deleted before delete on etl.runs
+  for each row when (old.ended_at is not null and (current_user <> 'etl_retention' or 'etl_retention' in (session_user, current_setting('role')))) execute function etl._refuse_change();
 create or replace trigger an_ended_attempt_is_immutable before update on etl.procedure_runs
   for each row execute function etl._guard_attempt();
 create or replace trigger an_attempt_is_not_deleted before delete on etl.procedure_runs
+  for each row when (old.ended_at is not null and (current_user <> 'etl_retention' or 'etl_retention' in (session_user, current_setting('role')))) execute function etl._refuse_change();
+create or replace trigger an_ended_refresh_is_immutable before update on etl.mv_refreshes
   for each row when (old.ended_at is not null) execute function etl._refuse_change();
-create or replace trigger an_ended_refresh_is_immutable before update or delete on etl.mv_refreshes
-  for each row when (old.ended_at is not null) execute function etl._refuse_change();
+create or replace trigger an_ended_refresh_is_not_deleted before delete on etl.mv_refreshes
+  for each row when (old.ended_at is not null and (current_user <> 'etl_retention' or 'etl_retention' in (session_user, current_setting('role')))) execute function etl._refuse_change();
 create or replace trigger config_versions_are_append_only before update or delete on etl.config_versions
   for each row execute function etl._refuse_change();
-create or replace trigger state_history_is_append_only before update or delete on etl.state_history
+create or replace trigger state_history_is_append_only before update on etl.state_history
   for each row execute function etl._refuse_change();
+create or replace trigger state_history_is_not_deleted before delete on etl.state_history
+  for each row when (current_user <> 'etl_retention' or 'etl_retention' in (session_user, current_setting('role'))) execute function etl._refuse_change();
 create or replace trigger freezes_are_append_only before update or delete on etl.full_refresh_freezes
   for each row execute function etl._refuse_change();
 create or replace trigger approvals_are_append_only before update or delete on etl.approvals

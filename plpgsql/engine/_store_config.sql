@@ -1,27 +1,41 @@
 -- Writing a validated configuration into the catalog tables. The caller holds the configuration lock.
 
+-- What is new, changed its time or comes back begins now: it owes nothing for the time before.
+create or replace function etl._store_schedules(pipeline_id int, config jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  update etl.schedules s set is_active = false
+   where s.pipeline_id = _store_schedules.pipeline_id and s.is_active and s.name not in (select x->>'name' from jsonb_array_elements(config->'schedules') x);
+  insert into etl.schedules as s (pipeline_id, name, definition, next_at)
+  select _store_schedules.pipeline_id, x->>'name', jsonb_strip_nulls(x), etl._next_slot(x->>'cron', x->>'timezone', clock_timestamp())
+    from jsonb_array_elements(config->'schedules') x
+  on conflict on constraint a_schedule_name_is_unique_in_its_pipeline do update
+    set definition = excluded.definition, is_active = true,
+        next_at = case when s.is_active and (s.definition->>'cron', s.definition->>'timezone') = (excluded.definition->>'cron', excluded.definition->>'timezone')
+                    then coalesce(s.next_at, excluded.next_at) else excluded.next_at end;
+end $$;
+comment on function etl._store_schedules(int, jsonb) is 'Stores the schedules of a pipeline, each with the time at which it is due next.';
+revoke all on function etl._store_schedules(int, jsonb) from public;
+
 create or replace function etl._store_pipeline(config jsonb) returns int
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_pipeline_id int;
 begin
-  insert into etl.pipelines (name, description, max_concurrency, search_path, helper_server, approvals)
+  insert into etl.pipelines (name, description, max_concurrency, search_path, helper_server, clock, retention, approvals)
   values (config->>'pipeline', config->>'description', (config->>'max_concurrency')::int, etl._text_array(config->'search_path'),
-    config->>'helper_server', coalesce(config->>'approvals', 'none'))
+          config->>'helper_server', coalesce(etl._setting(config->'clock'), '{}'), coalesce(etl._setting(config->'retention'), '{}'),
+          coalesce(config->>'approvals', 'none'))
   on conflict (name) do update
     set description = excluded.description, max_concurrency = excluded.max_concurrency, search_path = excluded.search_path,
-        helper_server = excluded.helper_server, approvals = excluded.approvals
+        helper_server = excluded.helper_server, clock = excluded.clock, retention = excluded.retention, approvals = excluded.approvals
   returning pipeline_id into v_pipeline_id;
   update etl.groups g set is_active = false
    where g.pipeline_id = v_pipeline_id and g.is_active and g.name not in (select x->>'name' from jsonb_array_elements(config->'groups') x);
   insert into etl.groups (pipeline_id, name, description)
   select v_pipeline_id, x->>'name', x->>'description' from jsonb_array_elements(config->'groups') x
   on conflict (pipeline_id, name) do update set description = excluded.description, is_active = true;
-  update etl.schedules s set is_active = false
-   where s.pipeline_id = v_pipeline_id and s.is_active and s.name not in (select x->>'name' from jsonb_array_elements(config->'schedules') x);
-  insert into etl.schedules (pipeline_id, name, definition)
-  select v_pipeline_id, x->>'name', jsonb_strip_nulls(x) from jsonb_array_elements(config->'schedules') x
-  on conflict (pipeline_id, name) do update set definition = excluded.definition, is_active = true;
+  perform etl._store_schedules(v_pipeline_id, config);
   insert into etl.tags (name) select distinct t from jsonb_array_elements(config->'procedures') p, jsonb_array_elements_text(p->'tags') t
   on conflict do nothing;
   insert into etl.refresh_targets (pipeline_id, name)

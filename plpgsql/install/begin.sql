@@ -4,7 +4,7 @@
 --
 -- Two roles as which nobody logs in keep what is recorded out of the reach of what is run. etl_engine owns schema etl, its tables
 -- and its routines. etl_owner is who the routines of a team run as: it may read in schema etl, and owns the few routines there
--- that run what the team wrote (steps/).
+-- that run what the team wrote (steps/). etl_retention, as which nobody can be, owns the two that delete old history.
 
 set local client_min_messages = warning;
 
@@ -29,7 +29,7 @@ begin
   for v_need in
     with need(n, statement, problem) as (
       select 1, format('create role %I nologin;', r.name), format('role %I does not exist and %I may not create it', r.name, current_user)
-        from unnest(array['etl_engine', 'etl_owner', 'etl_admin', 'etl_operator', 'etl_reader', 'etl_frontend']) r(name) where to_regrole(r.name) is null
+        from unnest(array['etl_engine', 'etl_owner', 'etl_admin', 'etl_operator', 'etl_reader', 'etl_frontend', 'etl_retention']) r(name) where to_regrole(r.name) is null
       union all
       select 2, format('grant %I to %I;', g.role, g.member), format('%I is not a member of %I and %I may not grant that', g.member, g.role, current_user)
         from (values ('etl_reader', 'etl_operator'), ('etl_operator', 'etl_admin'), ('etl_reader', 'etl_owner')) g(role, member)
@@ -53,9 +53,15 @@ begin
       when insufficient_privilege then
         raise exception using errcode = 'PT403', message = v_need.problem,
           hint = 'let an administrator run: ' || v_need.all_statements
-            || case when v_need.n = 1 then ' grant pg_read_all_stats to etl_engine;' else '' end;
+            || case when v_need.n = 1 then format(' grant pg_read_all_stats to etl_engine; grant etl_retention to %I with admin option;', current_user) else '' end;
     end;
   end loop;
+  -- For this transaction alone, which takes it back at its end: until then nobody else can see it (install/finish.sql).
+  grant etl_retention to etl_engine;
+exception when insufficient_privilege then
+  raise exception using errcode = 'PT403',
+    message = format('%I may not hand over routines to role etl_retention, as which old history is purged', current_user),
+    hint = format('let an administrator run: grant etl_retention to %I with admin option', current_user);
 end $$;
 
 do $$
@@ -152,6 +158,16 @@ grant usage on schema etl to etl_reader;
 -- Routines may name others that a later file creates.
 set local check_function_bodies = off;
 
+-- What a release before has handed over is replaced by its owner.
+do $$
+declare
+  v_routine record;
+begin
+  for v_routine in select p.oid::regprocedure as signature from pg_catalog.pg_proc p where p.pronamespace = 'etl'::regnamespace and p.proowner = 'etl_retention'::regrole loop
+    execute format('alter routine %s owner to etl_engine', v_routine.signature);
+  end loop;
+end $$;
+
 create table if not exists etl.migrations (
   name        text primary key,
   sha256      text not null,
@@ -190,3 +206,19 @@ end $$;
 comment on function etl._begin_migration(text, text) is
   'Records a migration as applied and says whether its file must be run now. Raises PT409 if the file differs from the one applied.';
 revoke all on function etl._begin_migration(text, text) from public;
+
+-- A function whose result changes cannot be replaced. These are what has changed since a release: an upgrade from one drops
+-- them first. Where one is missing, tests/test_upgrade.py fails with the server's own hint (42P13).
+do $$
+declare
+  v_routine record;
+begin
+  for v_routine in
+    select p.oid::regprocedure as signature
+      from pg_catalog.pg_proc p
+     where p.pronamespace = 'etl'::regnamespace and p.proname in ('_begin_run', '_safe_timestamp', '_await_margin')
+       and (select version from etl.installation) <> current_setting('b2s.version')
+  loop
+    execute format('drop function %s', v_routine.signature);
+  end loop;
+end $$;

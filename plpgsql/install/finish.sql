@@ -32,3 +32,13 @@ begin
     execute format('revoke all on type %s from public', v_type);
   end loop;
 end $$;
+
+-- The door to history: these two may delete what has ended, as a role that can do nothing else and that nobody can be.
+grant usage, create on schema etl to etl_retention;
+grant select, delete on etl.runs, etl.run_scopes, etl.run_workers, etl.procedure_runs, etl.mv_refreshes, etl.state_history to etl_retention;
+alter function etl._delete_runs(int) owner to etl_retention;
+alter function etl._delete_moves(int) owner to etl_retention;
+grant execute on function etl._delete_runs(int), etl._delete_moves(int) to etl_engine;
+revoke create on schema etl from etl_retention;
+do $$ begin perform pg_catalog.set_config('role', pg_catalog.current_setting('b2s.installer'), true); end $$;
+revoke etl_retention from etl_engine;

@@ -1,3 +1,3 @@
 """b2s: Bronze to Silver transformations that run inside Postgres."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

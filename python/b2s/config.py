@@ -22,6 +22,7 @@ from b2s.configmodel import (
     ArrayParam,
     BooleanParam,
     CheckModel,
+    Clock,
     Config,
     Defaults,
     Group,
@@ -32,6 +33,7 @@ from b2s.configmodel import (
     NotNullCheck,
     NumberParam,
     Procedure,
+    Retention,
     Retries,
     RoutineCheck,
     RowCountCheck,
@@ -83,6 +85,8 @@ _MODELS: Final[dict[tuple[str, ...], tuple[str, type[BaseModel]]]] = {
     ("procedures", "*", "checks", "*"): ("a check", CheckModel),
     ("procedures", "*", "mv_refresh", "*"): ("an mv_refresh entry", MvRefresh),
     ("schedules", "*"): ("a schedule", Schedule),
+    ("clock",): ("clock", Clock),
+    ("retention",): ("retention", Retention),
     ("lint",): ("lint", Lint),
 }
 _SYNONYMS: Final = {
@@ -122,6 +126,8 @@ class LoadedConfig:
             "groups": [{"name": name, "description": self._describe(name)} for name in sorted(names)],
             "procedures": [_procedure_spec(config, procedure) for procedure in config.procedures],
             "schedules": [_schedule_spec(schedule) for schedule in config.schedules],
+            "clock": config.clock.model_dump(),
+            "retention": config.retention.model_dump(),
         }
 
     def _describe(self, name: str) -> str | None:
@@ -434,7 +440,9 @@ def _check_spec(check: CheckModel) -> dict[str, Any]:
 
 
 def _schedule_spec(schedule: Schedule) -> dict[str, Any]:
-    return {name: _plain(getattr(schedule, name)) for name in Schedule.model_fields}
+    fields = {name: _plain(getattr(schedule, name)) for name in Schedule.model_fields}
+    late_after_ms = fields.pop("late_after")
+    return {**fields, "late_after_ms": late_after_ms}
 
 
 def _plain(value: Any) -> Any:
@@ -459,6 +467,8 @@ def _as_written(schema: dict[str, Any]) -> dict[str, Any]:
         written.pop("default", None)
     elif "30s" in written.get("examples", ()):
         written["default"] = f"{default // 1000}s"
+    elif "forever" in written.get("pattern", ""):
+        written["default"] = f"{default} days"
     if "patternProperties" in written:
         written["additionalProperties"] = False
     return written

@@ -447,6 +447,13 @@ class Checker:
                 if is_known and name not in allowed:
                     message = f"unknown {key.removesuffix('s')} {name!r}: {reason}"
                     self._report(entry, message, self._suggest(name, allowed))
+        if (
+            schedule.mode == "full"
+            and not (schedule.reason or "").strip()
+            and self._is_sound((*loc, "reason"))
+        ):
+            message = f"the schedule {schedule.name} refreshes fully and gives no reason"
+            self._report((*loc, "mode"), message, "add reason: ..., which is kept with each of its runs")
         for name, values_given in schedule.params.items():
             self._check_schedule_params((*loc, "params", name), name, values_given, names)
         self._check_schedule_is_complete(schedule, loc)

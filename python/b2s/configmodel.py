@@ -78,6 +78,14 @@ def _check_max_window(value: Any) -> Any:
     return value
 
 
+def _check_catch_up(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or value.lower() in BOOLEAN_WORDS:
+        raise Refused("is neither true, nor false, nor a duration", "write true, false, or how late: 2h")
+    return _check_limit(value)
+
+
 _DURATION_SCHEMA: dict[str, Any] = {
     "type": "string",
     "pattern": f"^{configvalues.DURATION}$",
@@ -112,6 +120,18 @@ MaxWindow = Annotated[
             ]
         }
     ),
+]
+CatchUp = Annotated[
+    Any,
+    BeforeValidator(_checked(_check_catch_up)),
+    WithJsonSchema(
+        {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": f"^{configvalues.DURATION}$"}]}
+    ),
+]
+Days = Annotated[
+    Any,
+    BeforeValidator(_checked(configvalues.parse_days)),
+    WithJsonSchema({"type": "string", "pattern": f"^({configvalues.DAYS}|forever)$"}),
 ]
 Pattern = Annotated[
     str,
@@ -463,12 +483,45 @@ class Schedule(Model):
     groups: Identifiers = Field(default=(), description="The groups that run.")
     tags: Tags = Field(default=(), description="The tags of which the procedures run.")
     params: dict[str, dict[str, Any]] = Field(default={}, description="Procedure -> param -> value.")
+    reason: str | None = Field(
+        default=None, description="Kept with each run; required for `mode: full`, which this file confirms."
+    )
     on_conflict: Literal["skip", "queue", "fail"] = Field(
-        default="skip", description="When a run is active already: skip this one, queue it behind, or fail."
+        default="skip",
+        description="When a run is active already: skip this one, queue it behind, or record a failed run.",
     )
-    catch_up: bool = Field(
-        default=False, description="Run once, late, after a time at which the clock stood still."
+    catch_up: CatchUp = Field(
+        default=False,
+        description="Whether a time at which no clock ran is made up for, once: false, true, or how late it "
+        "may be, such as `2h`. Up to five minutes are never too late.",
     )
+    late_after: Limit = Field(
+        default=3_600_000,
+        description="A time without a successful run so long afterwards is reported as late.",
+    )
+
+
+class Clock(Model):
+    """Who runs what is due, and who executes the runs."""
+
+    executor: Literal["auto", "pg_cron", "worker"] = Field(
+        default="auto",
+        description="pg_cron: jobs of it; worker: `b2s worker --schedule`; auto: pg_cron where there is one.",
+    )
+    workers: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=1, description="How many jobs of pg_cron execute runs of this pipeline."
+    )
+    role: Identifier | None = Field(
+        default=None, description="The role that owns the jobs; default: who runs `b2s sync-config`."
+    )
+
+
+class Retention(Model):
+    """How long history is kept before `etl.purge` deletes it: `400 days`, or `forever`."""
+
+    runs: Days = Field(default=400, description="Runs with their attempts, and moves of watermarks.")
+    logs: Days = Field(default=90, description="Log lines of steps, by whole months.")
+    ticks: Days = Field(default=30, description="How far back `as_of` reaches for ids and transactions.")
 
 
 class Lint(Model):
@@ -522,6 +575,8 @@ class Config(Model):
     schedules: Annotated[tuple[Schedule, ...], Field(strict=False)] = Field(
         default=(), description="Runs that start by the clock."
     )
+    clock: Clock = Field(default=Clock(), description="Who runs what is due.")
+    retention: Retention = Field(default=Retention(), description="How long history is kept.")
     lint: Lint = Field(default=Lint(), description="How `b2s lint` judges the SQL; no run depends on it.")
 
 

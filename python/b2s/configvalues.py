@@ -41,6 +41,10 @@ DURATION: Final = rf"[0-9]{{1,9}} ?({'|'.join(sorted(_UNITS, key=len, reverse=Tr
 _DURATION: Final = re.compile(DURATION)
 DURATION_EXAMPLES: Final = "500ms, 30s, 5min, 2h or 1 day"
 
+DAYS: Final = r"([0-9]{1,5}) ?d(?:ays?)?"
+_DAYS: Final = re.compile(DAYS)
+MAX_DAYS: Final = 36_500
+
 _SECONDS_CRON: Final = re.compile(r"([0-9]{1,2}) seconds?")
 _CRON_FIELDS: Final = (
     ("minute", 0, 59),
@@ -133,6 +137,17 @@ def bounded_duration(value: object) -> int:
     if milliseconds > MAX_MILLISECONDS:
         raise Refused("is longer than 24 days, the most a duration may be here")
     return milliseconds
+
+
+def parse_days(value: object) -> int | str:
+    """`400 days` as a number, `forever` as it is. Raises Refused."""
+    if value == "forever":
+        return "forever"
+    match = _DAYS.fullmatch(value) if isinstance(value, str) else None
+    if match is None or not 1 <= int(match.group(1)) <= MAX_DAYS:
+        hint = f"write {value} days" if isinstance(value, int) and not isinstance(value, bool) else None
+        raise Refused("is not a number of days, nor forever", hint or "write 400 days, or forever")
+    return int(match.group(1))
 
 
 def check_cron(value: str) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import Final
 
 import psycopg
 
 from b2s import __version__
 from b2s.db import Connection, connect
+from b2s.errors import DatabaseError
 from b2s.output import remark
 from b2s.sqlfiles import Manifest, load_manifest
+
+_LOOKED_EVERY: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +40,56 @@ class Pending:
         return self.installed == self.release and not self.migrations
 
 
-def migrate(conninfo: str, *, dry_run: bool = False) -> Migrated:
-    """Brings a database to this release. With dry_run everything is executed and then rolled back."""
+def migrate(conninfo: str, *, dry_run: bool = False, wait: float | None = None) -> Migrated:
+    """Brings a database to this release. With dry_run everything is executed and then rolled back.
+
+    An active run is refused; with wait (seconds), no run is begun any more and the active ones may end first.
+    """
     manifest = load_manifest()
     with connect(conninfo) as connection:
         connection.add_notice_handler(_pass_on)
+        if wait is not None:
+            _drain(connection, wait)
         with connection.transaction(force_rollback=dry_run):
             return _install(connection, manifest)
+
+
+def _drain(connection: Connection, seconds: float) -> None:
+    """Lets active runs end while none is begun: whoever starts one is told to try again in a moment.
+
+    The lock is the session's, and goes with it.
+    """
+    deadline = time.monotonic() + seconds
+    connection.execute("select set_config('lock_timeout', %s, false)", [f"{int(seconds * 1000) + 1}ms"])
+    try:
+        connection.execute("select pg_advisory_lock(6435443, 0)")
+    except psycopg.errors.LockNotAvailable:
+        message = f"another install has been going on for {seconds:g} s"
+        raise DatabaseError(message, "wait for it, then try again", sqlstate="PT409") from None
+    connection.execute("reset lock_timeout")
+    said = ""
+    while active := _active_runs(connection):
+        if time.monotonic() > deadline:
+            raise DatabaseError(
+                f"run {active} has not ended within {seconds:g} s; nothing was changed, runs may start again",
+                "wait for longer: b2s migrate --wait 2h; or stop it: b2s cancel RUN",
+                sqlstate="PT409",
+            )
+        if active != said:
+            remark(f"waiting for run {active} to end; no other run starts meanwhile")
+            said = active
+        time.sleep(_LOOKED_EVERY)
+
+
+def _active_runs(connection: Connection) -> str:
+    """The runs that any session executes, as text; empty where b2s is not installed."""
+    if connection.execute("select to_regclass('etl.run_history')").fetchone() == (None,):
+        return ""
+    row = connection.execute(
+        "select string_agg(run_id::text, ', ' order by run_id) from etl.run_history"
+        " where status = 'running' and not is_dead"
+    ).fetchone()
+    return (row and row[0]) or ""
 
 
 def _pass_on(diagnostic: psycopg.errors.Diagnostic) -> None:

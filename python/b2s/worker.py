@@ -1,8 +1,9 @@
 """Sessions that stay: they take up queued runs, help with active ones, and come back when the database does.
 
 One thread for each session, and one, the keeper, that listens for submitted runs, sees to timeouts and
-records dead runs. A session takes up one run at a time and by its number, so that a worker that is told to
-stop finishes what it has begun and takes up nothing else.
+records dead runs; with --schedule it is the clock as well, and another one purges history once a day. A
+session takes up one run at a time and by its number, so that a worker that is told to stop finishes what it
+has begun and takes up nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from b2s.retry import backoff, event_in
 
 _WATCHED_EVERY: Final = 1.0
 _REAPED_EVERY: Final = 10.0
+_PURGE_LOOKED_EVERY: Final = 600.0
 _LOOKED_EVERY: Final = 0.2
 _KEEPALIVES: Final = {"keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3"}
 _BEYOND_PATIENCE: Final = ("28", "3D", "3F", "42")
@@ -49,6 +51,10 @@ _UNKNOWN: Final = """
 select array(select n from unnest(%(pipelines)s::text[]) n
               where n not in (select p.name from etl.pipelines p))"""
 
+_FIRE: Final = "select pipeline, schedule, slot_at, outcome, run_id, reason from etl.fire_schedules()"
+_IS_PURGE_DUE: Final = """
+select not exists (select from etl.heartbeats h
+                    where h.name = 'purge' and h.beat_at > clock_timestamp() - interval '1 day')"""
 _END: Final = """
 select pg_terminate_backend(a.pid, 5000) from pg_stat_activity a
  where a.pid = %s and a.usename = current_user and a.datname = current_database()"""
@@ -64,12 +70,21 @@ class Team:
     """What the sessions of one `b2s worker` share."""
 
     def __init__(
-        self, dsn: str, workers: int, pipelines: Sequence[str] | None, log: Any, *, poll: float, is_once: bool
+        self,
+        dsn: str,
+        workers: int,
+        pipelines: Sequence[str] | None,
+        log: Any,
+        *,
+        poll: float,
+        is_once: bool,
+        is_clock: bool = False,
     ) -> None:
         self.dsn = lasting(dsn)
         self.log = log
         self.filter = {"pipelines": list(pipelines) if pipelines else None}
         self.is_once = is_once
+        self.is_clock = is_clock
         self.executed: set[int] = set()
         self.error: B2SError | None = None
         self.is_stopping = threading.Event()
@@ -85,9 +100,12 @@ class Team:
         self._check()
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         keeper = threading.Thread(target=self._keep, name="b2s keeper", daemon=True)
+        purger = threading.Thread(target=self._purge, name="b2s purger", daemon=True)
         try:
             self.log.info("worker_started", workers=len(self._sessions), pipelines=self.filter["pipelines"])
             keeper.start()
+            if self.is_clock and not self.is_once:
+                purger.start()
             for session in self._sessions:
                 session.start()
             is_clean = self._attend(grace)
@@ -138,6 +156,8 @@ class Team:
         try:
             with connect(self.dsn) as connection:
                 row = connection.execute(_UNKNOWN, self.filter).fetchone()
+                if self.is_clock:
+                    self._fire(connection)
         except DatabaseError as error:
             if self.is_once or (error.sqlstate or "")[:2] in _BEYOND_PATIENCE:
                 raise
@@ -209,11 +229,37 @@ class Team:
                 reaped_at = time.monotonic()
                 connection.execute("select etl.reap()")
             connection.execute("select etl.watchdog()")
+            if self.is_clock:
+                self._fire(connection)
             end = time.monotonic() + _WATCHED_EVERY
             while (left := end - time.monotonic()) > 0 and not self._is_over.is_set():
                 for notice in connection.notifies(timeout=min(left, _LOOKED_EVERY), stop_after=1):
                     if str(json.loads(notice.payload).get("event")).startswith("run_"):
                         self.rouse()
+
+    def _fire(self, connection: Connection) -> None:
+        """Asks what is due; what was queued is there for the sessions at once."""
+        names = ("pipeline", "schedule", "slot_at", "outcome", "run_id", "reason")
+        for row in connection.execute(_FIRE).fetchall():
+            found = {name: value for name, value in zip(names, row, strict=True) if value is not None}
+            say = self.log.info if found["outcome"] == "submitted" else self.log.warning
+            say("schedule_fired", **{**found, "slot_at": found["slot_at"].isoformat()})
+            self.rouse()
+
+    def _purge(self) -> None:
+        """Once a day, whoever did it last."""
+        while not self._is_over.is_set():
+            try:
+                with connect(self.dsn) as connection:
+                    if connection.execute(_IS_PURGE_DUE.encode()).fetchone() == (True,):
+                        row = connection.execute("call etl.purge()").fetchone()
+                        self.log.info(
+                            "history_purged",
+                            **{k.replace(" ", "_"): n for k, n in row[0].items()} if row else {},
+                        )
+            except B2SError as error:
+                self.log.warning("history_not_purged", error_message=str(error))
+            self._is_over.wait(_PURGE_LOOKED_EVERY)
 
     def _hear(self, notice: psycopg.errors.Diagnostic) -> None:
         hear(self.log, notice)

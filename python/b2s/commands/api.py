@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from b2s.commands.worker import seconds_of
+from b2s.options import seconds
 
 if TYPE_CHECKING:
     from b2s.api.keys import Keys
@@ -103,7 +103,7 @@ def execute(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         port=arguments.port,
         tls=(arguments.tls_cert, arguments.tls_key) if arguments.tls_cert else None,
-        grace_s=seconds_of("--grace", arguments.grace),
+        grace_s=seconds("--grace", arguments.grace),
     )
 
 
@@ -145,7 +145,7 @@ def _rules(arguments: argparse.Namespace) -> TokenRules:
     return TokenRules(
         arguments.audience,
         arguments.issuer,
-        seconds_of("--leeway", arguments.leeway),
+        seconds("--leeway", arguments.leeway),
         arguments.subject_claim,
         arguments.role_claim,
         roles,
@@ -164,5 +164,5 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     ):
         if value < least:
             raise UsageError(f"{option} is at least {least}, not {value}")
-    timeout = seconds_of("--timeout", arguments.timeout)
+    timeout = seconds("--timeout", arguments.timeout)
     return Limits(arguments.connections, arguments.waiting, arguments.max_body, timeout, min(2.0, timeout))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from b2s.db import Connection
 
+_CLOCK = """
+select max(l.clock->>'executor'), max(l.clock->>'role'),
+       exists (select from etl.schedules s where s.is_active)
+  from etl.pipelines l"""
 Status = Literal["ok", "hint", "warn", "fail"]
 
 
@@ -25,7 +30,13 @@ class Finding:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """b2s doctor has no options of its own."""
+    """The options of b2s doctor."""
+    parser.add_argument(
+        "--cron-dsn",
+        default=os.environ.get("B2S_CRON_DSN", ""),
+        metavar="DSN",
+        help="the database pg_cron lives in (B2S_CRON_DSN; default: this one, or where its scheduler is)",
+    )
     parser.epilog = "Changes nothing. Exit code 1 when a check fails; hints and warnings do not count."
 
 
@@ -36,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     findings = []
     look = style()
-    for finding in _findings(arguments.dsn, Path(arguments.config)):
+    for finding in _findings(arguments.dsn, Path(arguments.config), arguments.cron_dsn):
         findings.append(finding)
         if not arguments.json:
             padding = " " * (4 - len(finding.status))
@@ -48,7 +59,7 @@ def execute(arguments: argparse.Namespace) -> int:
     return 1 if any(finding.status == "fail" for finding in findings) else 0
 
 
-def _findings(dsn: str, config: Path) -> Iterator[Finding]:
+def _findings(dsn: str, config: Path, cron_dsn: str) -> Iterator[Finding]:
     from b2s.db import connect
     from b2s.errors import DatabaseError
     from b2s.failure import failure_of
@@ -64,6 +75,7 @@ def _findings(dsn: str, config: Path) -> Iterator[Finding]:
             if is_usable:
                 for row in connection.execute("select * from etl.diagnose()"):
                     yield Finding(*row)
+                yield from _jobs(connection, dsn, cron_dsn)
                 yield from _configuration(connection, config)
     except DatabaseError as error:
         failure = failure_of(error)
@@ -89,6 +101,42 @@ def _installation(connection: Connection) -> tuple[bool, Finding]:
         return True, Finding(name, "ok", f"b2s {found.installed}, current")
     detail = f"b2s {found.installed or 'is not installed'}, this is {found.release}"
     return is_usable, Finding(name, "fail", detail, "b2s migrate")
+
+
+def _jobs(connection: Connection, dsn: str, cron_dsn: str) -> Iterator[Finding]:
+    """Whether pg_cron has the jobs it should have, and how they fare."""
+    from b2s.jobs import NoCron, open_cron, owner_problem, wanted_jobs
+
+    name = "jobs"
+    row = connection.execute(_CLOCK).fetchone()
+    executor, role, has_schedules = row or ("auto", None, False)
+    try:
+        with open_cron(connection, dsn, cron_dsn, role) as cron:
+            wanted = wanted_jobs(connection, None, has_seconds=cron.has_seconds)
+            changes = cron.changes(wanted)
+            for change in changes:
+                what = {"+": "is missing", "-": "is one too many", "~": "was changed"}[change.action]
+                yield Finding(name, "fail", f"the job {change.name} {what}", "b2s sync-config puts it right")
+            problem = owner_problem(connection, cron.owner) if wanted else None
+            if problem:
+                yield Finding(name, "fail", *problem)
+            yield from (Finding(name, *found) for found in cron.troubles())
+            if not changes:
+                detail = f"{len(wanted)} of pg_cron, owned by {cron.owner}" if wanted else "none is needed"
+                yield Finding(name, "ok", detail)
+    except NoCron as absence:
+        if executor == "pg_cron" or (executor == "auto" and has_schedules and not _is_alive(connection)):
+            yield Finding(name, "fail", str(absence), absence.hint)
+        else:
+            yield Finding(name, "ok", f"none: {absence}")
+
+
+def _is_alive(connection: Connection) -> bool:
+    row = connection.execute(
+        "select exists (select from etl.heartbeats h"
+        " where h.name = 'clock' and h.beat_at > clock_timestamp() - interval '3 minutes')"
+    ).fetchone()
+    return row == (True,)
 
 
 def _configuration(connection: Connection, path: Path) -> Iterator[Finding]:

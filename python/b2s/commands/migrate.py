@@ -7,7 +7,14 @@ import argparse
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s migrate."""
-    parser.epilog = "One transaction: everything or nothing. Refused while a run is active."
+    parser.epilog = "One transaction: everything or nothing. Refused while a run is active, or it may --wait."
+    parser.add_argument(
+        "--wait",
+        nargs="?",
+        const="1h",
+        metavar="TIME",
+        help="let active runs end first, for at most so long (1h); no run starts meanwhile",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="change nothing; exit 1 when something is pending")
     how.add_argument("--dry-run", action="store_true", help="execute everything, then roll it back")
@@ -17,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Installs, or says what an install would do."""
     from b2s import migrate
+    from b2s.options import seconds
     from b2s.output import print_json
 
     if arguments.sql:
@@ -24,7 +32,8 @@ def execute(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.check:
         return _check(arguments)
-    done = migrate.migrate(arguments.dsn, dry_run=arguments.dry_run)
+    wait = seconds("--wait", arguments.wait) if arguments.wait else None
+    done = migrate.migrate(arguments.dsn, dry_run=arguments.dry_run, wait=wait)
     if arguments.json:
         print_json(
             {

@@ -30,6 +30,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="only this one; repeatable (B2S_PIPELINE; default: all)",
     )
+    what.add_argument(
+        "--schedule",
+        action="store_true",
+        help="be the clock as well: queue what is due, purge history once a day; safe beside other clocks",
+    )
     when = parser.add_argument_group("how long")
     when.add_argument("--once", action="store_true", help="end when nothing is queued any more")
     when.add_argument("--poll", default="1s", metavar="TIME", help="look for runs at least so often (1s)")
@@ -47,6 +52,7 @@ def execute(arguments: argparse.Namespace) -> int:
     import sys
 
     from b2s.commands.run import check_workers
+    from b2s.options import seconds
     from b2s.output import print_json
     from b2s.progress import logger
     from b2s.worker import Team
@@ -58,21 +64,11 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.workers,
         list(dict.fromkeys(arguments.pipeline)),
         logger(log_format, sys.stderr),
-        poll=seconds_of("--poll", arguments.poll),
+        poll=seconds("--poll", arguments.poll),
         is_once=arguments.once,
+        is_clock=arguments.schedule,
     )
-    is_clean = team.work(seconds_of("--grace", arguments.grace))
+    is_clean = team.work(seconds("--grace", arguments.grace))
     if arguments.json:
         print_json({"executed": sorted(team.executed), "is_clean": is_clean})
     return 0 if is_clean else 1
-
-
-def seconds_of(option: str, text: str) -> float:
-    """The value of an option that is a length of time. Raises UsageError."""
-    from b2s.configvalues import Refused, bounded_duration
-    from b2s.errors import UsageError
-
-    try:
-        return bounded_duration(text) / 1000
-    except Refused as refusal:
-        raise UsageError(f"{option} {text} {refusal}", f"for example: {option} 10s") from None
