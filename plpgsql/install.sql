@@ -27,6 +27,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
+\set migration 0003_monitoring
+\set sha256 b7fdf8367d49afde5d8ebf27551a5f77599912ff1400dd496f301b1d42ad4e27
+\ir install/migration.sql
 
 -- Engine
 \ir engine/_fail.sql
@@ -53,6 +56,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_upgrade_hint.sql
 \ir engine/_claim.sql
 \ir engine/_errors.sql
+\ir engine/_metrics.sql
+\ir engine/_activity.sql
+\ir engine/_logs.sql
 \ir engine/_events.sql
 \ir engine/_count_changes.sql
 \ir engine/_run_checks.sql
@@ -98,9 +104,11 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/apply_config.sql
 \ir api/diagnose.sql
 \ir api/test_procedure.sql
+\ir api/log.sql
 
 -- Views
 \ir views.sql
+\ir metrics.sql
 \ir watermarks.sql
 
 \ir install/finish.sql

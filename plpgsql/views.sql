@@ -25,14 +25,19 @@ create or replace view etl.procedure_health as
 select p.name as procedure, p.type, l.name as pipeline, last.run_id as last_run_id, last.status as last_status, last.ended_at as last_ended_at,
        last.duration_ms as last_duration_ms, last.rows_affected as last_rows_affected, last.error_code as last_error_code,
        last.error_message as last_error_message, etl._last_success_at(p.procedure_id) as last_success_at,
-       s.last_success_watermark as watermark
+       s.last_success_watermark as watermark, p.freshness_ms, f.complete_at,
+       coalesce(coalesce(f.complete_at, f.last_success_at, '-infinity') < clock_timestamp() - p.freshness_ms * interval '1 ms', false) as is_late
   from etl.procedures p
   join etl.pipelines l using (pipeline_id)
+  left join etl._freshness() f using (procedure_id)
   left join lateral (select * from etl.procedure_runs r where r.procedure_id = p.procedure_id and r.lock_key > 0
                       order by r.run_id desc, r.attempt desc limit 1) last on true
   left join etl.state s on s.state_key = p.state_key
  where p.is_active;
-comment on view etl.procedure_health is 'How each active procedure last ended in a run, when it last succeeded in one, and its watermark. Backfills do not count.';
+comment on view etl.procedure_health is 'How each active procedure last ended in a run, when it last succeeded in one, its watermark, and how fresh it is. Backfills do not count.';
+comment on column etl.procedure_health.freshness_ms is 'Its freshness objective, milliseconds; null: none.';
+comment on column etl.procedure_health.complete_at is 'Up to when all that was committed has been read.';
+comment on column etl.procedure_health.is_late is 'complete_at is longer ago than the freshness objective allows, or it never succeeded.';
 
 create or replace view etl.run_events as
 select r.started_at as at, 'run_started' as event, r.run_id, null::int as order_index, null::text as procedure, r.mode, null::text as tx_scope,

@@ -29,7 +29,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_strip_nulls(jsonb_build_object('name', p.name, 'type', p.type, 'description', p.description, 'routine', p.routine,
     'default_mode', p.default_mode, 'allow_full_refresh', p.allow_full_refresh, 'allow_fact_dependency', p.allow_fact_dependency,
     'transaction_scope', p.transaction_scope, 'isolation', p.isolation, 'args', p.args, 'timeout_ms', p.timeout_ms,
-    'lock_timeout_ms', p.lock_timeout_ms, 'on_failure', p.on_failure, 'max_window', p.max_window,
+    'lock_timeout_ms', p.lock_timeout_ms, 'on_failure', p.on_failure, 'max_window', p.max_window, 'freshness_ms', p.freshness_ms,
     'retries', jsonb_build_object('attempts', p.max_attempts, 'backoff_ms', p.backoff_ms, 'max_backoff_ms', p.max_backoff_ms),
     'checks', (select coalesce(jsonb_agg(c - 'sql' order by n), '[]') from jsonb_array_elements(p.checks) with ordinality x(c, n)),
     'watermark', case when p.state_key is not null then jsonb_build_object('strategy', p.watermark_strategy,

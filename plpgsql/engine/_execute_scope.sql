@@ -101,6 +101,7 @@ begin
   end if;
   -- A backfill of the same procedure must not read a row, wait for us to write its newer version, and write the older one over it.
   if step.window_until is not null then perform pg_advisory_xact_lock(6435445, step.procedure_id); end if;
+  perform set_config('b2s.step', concat_ws(' ', step.run_id, step.order_index, step.attempt, step.procedure_name), true);
   if step.settings is not null then perform etl._apply_settings(step.settings); end if;
   -- A procedure without output returns no row to put anywhere.
   if step.rows_column is null then
@@ -163,6 +164,7 @@ begin
       seen := v_result.seen;
       v_events := v_events || v_result.event;
     end loop;
+    if current_setting('b2s.log_lines', true) <> '' then perform etl._keep_logs(run_id); end if;
     set constraints all immediate;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
     return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen - 'start')

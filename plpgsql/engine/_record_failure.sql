@@ -157,6 +157,7 @@ begin
     end if;
     perform etl._record_step_failure(v_scope, failure,
       case when v_delay is not null or v_is_halved then 'retrying' when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end);
+    perform etl._keep_logs(run_id);
     if v_is_halved then return 0; end if;
     if v_delay is not null then
       perform etl._prepare_attempt(v_scope, v_delay);

@@ -20,3 +20,4 @@ end $$;
 
 grant usage on schema etl to etl_reader;
 grant select on all tables in schema etl to etl_reader;
+do $$ begin perform etl._count_history(); end $$;

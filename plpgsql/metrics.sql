@@ -1,0 +1,131 @@
+-- What a monitoring system reads: b2s exporter turns each row into samples. Everything here costs the same however much history
+-- there is: counters are stored (engine/_metrics.sql), and of runs only those that go on or wait are looked at.
+
+-- Each step of each run once, whatever its attempts. A window of timestamps is complete up to its end; one of ids or snapshots up
+-- to when that end was noted; who has no watermark reads everything there is when it begins.
+create or replace view etl.step_outcomes as
+select q.run_id, q.order_index, q.procedure_id, q.procedure, q.mode, q.status, q.skip_reason, q.attempt_count, q.retry_count, q.started_at, q.ended_at,
+       q.duration_ms, q.rows_affected, case when q.is_success then q.ended_at end as success_at,
+       case when not q.is_success or q.watermark_strategy is null and q.window_until is not null then null
+            when q.watermark_strategy is null then q.began_at
+            when q.watermark_strategy <> 'timestamp' then (
+              select t.ticked_at from etl.watermark_ticks t where t.state_key = q.state_key and t.bound = q.window_until order by t.ticked_at desc limit 1)
+            when isfinite(q.window_until::timestamptz) then q.window_until::timestamptz end as complete_at
+  from (select p.run_id, p.order_index, p.procedure_id, p.procedure_name as procedure, case when p.lock_key < 0 then 'backfill' else p.mode end as mode,
+               p.status::text as status, p.skip_reason::text as skip_reason, (count(*) over attempts)::int as attempt_count,
+               (count(*) filter (where p.status = 'retrying') over attempts)::int as retry_count, min(p.started_at) over attempts as started_at, p.ended_at,
+               p.started_at as began_at, p.duration_ms + coalesce(sum(p.duration_ms) filter (where p.status = 'advanced') over attempts, 0) as duration_ms,
+               coalesce(sum(p.rows_affected) filter (where p.status in ('advanced', 'succeeded')) over attempts, 0)::bigint as rows_affected,
+               p.watermark_strategy, p.state_key, p.window_until, lead(p.attempt) over attempts is null as is_last,
+               (p.status = 'succeeded' or coalesce(p.skip_reason = 'no_data', false)) and p.lock_key > 0 as is_success
+          from etl.procedure_runs p
+        window attempts as (partition by p.run_id, p.order_index order by p.attempt rows unbounded preceding)) q
+ where q.is_last;
+comment on view etl.step_outcomes is 'How each step of each run ended: one row a step, its slices taken together, attempts that were tried again left out of its duration.';
+comment on column etl.step_outcomes.mode is 'incremental, full or backfill.';
+comment on column etl.step_outcomes.status is 'That of its last attempt.';
+comment on column etl.step_outcomes.retry_count is 'Attempts that failed and were tried again.';
+comment on column etl.step_outcomes.duration_ms is 'The last attempt, with the slices that were committed before it, milliseconds; null when it was never started.';
+comment on column etl.step_outcomes.rows_affected is 'Rows of what was committed, its slices included.';
+comment on column etl.step_outcomes.success_at is 'When it succeeded, or found nothing new to read. Null in a backfill.';
+comment on column etl.step_outcomes.complete_at is 'Everything that was committed by then has been read. Null: not a success, or not known.';
+
+-- Counters of runs that have ended and of what has ended of those that go on; label sets that have not occurred are there as zero,
+-- so that a first failure is an increase. Procedures of one name in two pipelines are one: the labels have no pipeline.
+create or replace view etl.metrics_outcomes as
+select q.family, n.subject, q.mode, q.status, sum(q.observed_count)::bigint as observed_count, sum(q.seconds_sum) as seconds_sum,
+       sum(q.rows_sum)::bigint as rows_sum,
+       array[sum(q.buckets[1]), sum(q.buckets[2]), sum(q.buckets[3]), sum(q.buckets[4]), sum(q.buckets[5]), sum(q.buckets[6]), sum(q.buckets[7]),
+             sum(q.buckets[8]), sum(q.buckets[9]), sum(q.buckets[10]), sum(q.buckets[11]), sum(q.buckets[12])]::bigint[] as buckets,
+       min(q.created_at) as created_at, max(q.last_observed_at) as last_observed_at, (max(q.newest))[1]::bigint as last_run_id,
+       (max(q.newest))[2] as last_seconds
+  from (select m.family, m.subject_id, m.mode, m.status, m.observed_count, m.seconds_sum, m.rows_sum, m.buckets, m.created_at, m.last_observed_at,
+               case when m.last_seconds is not null then array[m.last_run_id, m.last_seconds] end as newest
+          from etl.metrics m
+        union all
+        select o.family, o.subject_id, o.mode, o.status, o.observed_count, o.seconds_sum, o.rows_sum, o.buckets, null, o.last_observed_at,
+               case when o.last_seconds is not null then array[o.last_run_id, o.last_seconds] end
+          from etl._live_outcomes() o
+        union all
+        select z.family, z.subject_id, z.mode, s.status, 0, 0, 0, array_fill(0::bigint, array[12]), null, null, null
+          from (select 'step' as family, p.procedure_id as subject_id, m.mode, '{succeeded,failed}'::text[] as statuses
+                  from etl.procedures p cross join lateral unnest(array['incremental', case when p.allow_full_refresh or p.default_mode = 'full' then 'full' end]) m(mode)
+                 where m.mode is not null
+                union all
+                select 'refresh', t.refresh_target_id, '', '{succeeded,failed}' from etl.refresh_targets t
+                union all
+                select 'run', l.pipeline_id, 'run', '{succeeded,completed_with_warnings,failed,cancelled,abandoned}' from etl.pipelines l) z
+          cross join lateral unnest(z.statuses) s(status)) q
+  join (select 'step' as family, p.procedure_id as subject_id, p.name as subject from etl.procedures p where p.is_active
+        union all
+        select 'refresh', t.refresh_target_id, t.name from etl.refresh_targets t
+         where exists (select from etl.procedure_refresh_targets x join etl.procedures p using (procedure_id) where x.refresh_target_id = t.refresh_target_id and p.is_active)
+        union all
+        select 'run', l.pipeline_id, l.name from etl.pipelines l) n using (family, subject_id)
+ group by q.family, n.subject, q.mode, q.status;
+comment on view etl.metrics_outcomes is
+  'How often what ended how, and how long it took, since b2s counts: counters and histograms, as true as the tables at any moment. Configured procedures and views only.';
+comment on column etl.metrics_outcomes.family is 'step, refresh or run: subject is a procedure, a materialized view or a pipeline.';
+comment on column etl.metrics_outcomes.mode is 'Of steps incremental, full or backfill; of runs their kind, run or backfill; of refreshes empty.';
+comment on column etl.metrics_outcomes.status is
+  'succeeded, failed, rolled_back, cancelled, abandoned; skipped: not started; retrying: attempts that were tried again. Of runs their status.';
+comment on column etl.metrics_outcomes.rows_sum is 'Rows of committed steps and slices, with status succeeded.';
+comment on column etl.metrics_outcomes.buckets is 'How many durations lie in each bucket of etl._bucket_bounds(), not added up.';
+comment on column etl.metrics_outcomes.created_at is 'Since when it is counted; null: as long as nothing of it is stored.';
+comment on column etl.metrics_outcomes.last_run_id is 'The newest run that is counted here.';
+comment on column etl.metrics_outcomes.last_seconds is 'The longest duration that the newest run has brought.';
+
+create or replace view etl.metrics_procedures as
+select l.name as pipeline, p.name as procedure, p.type, f.last_success_at, f.complete_at, p.state_key is not null as has_watermark,
+       p.freshness_ms / 1000.0 as freshness_seconds
+  from etl.procedures p
+  join etl.pipelines l using (pipeline_id)
+  left join etl._freshness() f using (procedure_id)
+ where p.is_active;
+comment on view etl.metrics_procedures is 'How fresh each active procedure is, and is to be.';
+comment on column etl.metrics_procedures.last_success_at is 'When it last succeeded in a run, or found nothing new to read.';
+comment on column etl.metrics_procedures.complete_at is 'Up to when all that was committed has been read; for ids and snapshots the moment at which the end of the window was noted.';
+comment on column etl.metrics_procedures.freshness_seconds is 'Its freshness objective; null: none.';
+
+create or replace view etl.metrics_pipelines as
+select l.name as pipeline, a.run_count as active_runs, a.backfill_count as active_backfills, a.dead_count as dead_runs, a.active_since,
+       q.queued_count as queued_runs, q.queued_since, w.waiting_count as waiting_sessions, w.lock_wait_since, v.version as config_version, v.applied_at as config_applied_at
+  from etl.pipelines l
+  cross join lateral (
+    select count(*) filter (where r.kind = 'run') as run_count, count(*) filter (where r.kind = 'backfill') as backfill_count,
+           count(*) filter (where not etl._is_alive(r)) as dead_count, min(r.started_at) as active_since
+      from etl.runs r where r.pipeline_id = l.pipeline_id and r.status = 'running') a
+  cross join lateral (
+    select count(*) as queued_count, min(r.submitted_at) as queued_since from etl.runs r where r.pipeline_id = l.pipeline_id and r.status = 'queued') q
+  left join (select r.pipeline_id, count(*) as waiting_count, min(x.lock_wait_since) as lock_wait_since
+               from etl._waits() x join etl.runs r using (run_id) where x.lock_wait_since is not null group by r.pipeline_id) w using (pipeline_id)
+  left join lateral (
+    select c.version, c.applied_at from etl.config_versions c where c.pipeline_id = l.pipeline_id order by c.version desc limit 1) v on true;
+comment on view etl.metrics_pipelines is 'What goes on and what waits in each pipeline, and which configuration it has.';
+comment on column etl.metrics_pipelines.dead_runs is 'Runs whose sessions are gone and that nobody has recorded as abandoned yet.';
+comment on column etl.metrics_pipelines.active_since is 'When the oldest run or backfill that goes on began.';
+comment on column etl.metrics_pipelines.waiting_sessions is 'Sessions at work that wait for a lock; null: none.';
+comment on column etl.metrics_pipelines.lock_wait_since is 'Since when the one that has waited longest waits.';
+
+create or replace view etl.active_steps as
+select r.run_id, l.name as pipeline, r.kind, s.order_index, s.subject, s.mode, s.attempt, s.pid, s.started_at,
+       round(extract(epoch from clock_timestamp() - s.started_at) * 1000, 3) as running_ms, s.usual_ms, w.wait_event_type, w.wait_event, w.lock_wait_since, w.blocked_by
+  from etl.runs r
+  join etl.pipelines l using (pipeline_id)
+  cross join lateral (
+    select p.order_index, p.procedure_name as subject, p.mode, p.attempt, p.worker_pid as pid, p.started_at,
+           etl._usual_ms(p.procedure_id, p.mode, r.kind = 'backfill') as usual_ms
+      from etl.procedure_runs p where p.run_id = r.run_id and p.status = 'running'
+    union all
+    select null, m.mv_name, 'refresh', 1, m.worker_pid, m.started_at, null from etl.mv_refreshes m where m.run_id = r.run_id and m.status = 'running') s
+  left join etl._waits() w on w.run_id = r.run_id and w.pid = s.pid
+ where r.status = 'running';
+comment on view etl.active_steps is 'What is being executed now: by which session, since when, how long it usually takes, and who is in its way.';
+comment on column etl.active_steps.subject is 'The procedure, or the materialized view that is refreshed.';
+comment on column etl.active_steps.running_ms is 'For how long it has been running, milliseconds.';
+comment on column etl.active_steps.usual_ms is 'The median of its last twenty successes in that mode, milliseconds; null: it has none.';
+comment on column etl.active_steps.wait_event_type is 'What the session waits for, as in pg_stat_activity; null: nothing, or not to be seen.';
+comment on column etl.active_steps.lock_wait_since is 'Since when the session waits for a lock; null: it does not.';
+comment on column etl.active_steps.blocked_by is 'The sessions that hold what it waits for: [{"pid", "user", "application", "state", "since"}].';
+
+grant select on etl.step_outcomes, etl.metrics_outcomes, etl.metrics_procedures, etl.metrics_pipelines, etl.active_steps to etl_reader;
