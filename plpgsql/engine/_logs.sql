@@ -13,7 +13,7 @@ comment on function etl._log_partition(timestamptz) is 'The name of the partitio
 revoke all on function etl._log_partition(timestamptz) from public;
 
 -- Nobody needs a clock for that: each run that ends makes the month after the one it ends in; a line of a month that has none yet
--- makes its own. Two that make the same one wait for each other.
+-- makes its own. Two that make the same one wait for each other, and having waited for the lock is what shows the other's to the second.
 create or replace function etl._make_log_partition(at timestamptz) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -21,7 +21,7 @@ declare
   v_month timestamp := date_trunc('month', at at time zone 'UTC');
 begin
   if to_regclass('etl.' || v_name) is not null then return; end if;
-  perform pg_advisory_xact_lock(6435448, 0);
+  lock table etl.step_logs in access exclusive mode;
   if to_regclass('etl.' || v_name) is null then
     execute format('create table etl.%I partition of etl.step_logs for values from (%L) to (%L)', v_name, v_month || '+00', v_month + interval '1 month' || '+00');
   end if;

@@ -26,14 +26,17 @@ returns table (family text, subject_id int, mode text, status text, observed big
 language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
 begin
   return query
-  select 'step', o.procedure_id, o.mode, v.status, v.observed, v.seconds, v.row_count, o.run_id, o.ended_at, v.success_at, v.complete_at
-    from etl.step_outcomes o
-    cross join lateral (values
-      (case when o.duration_ms is null then 'skipped' else o.status end,
-       (o.ended_at is not null and o.skip_reason is distinct from 'reused')::int::bigint, (o.duration_ms / 1000)::float8, 0::bigint, null::timestamptz, null::timestamptz),
-      ('succeeded', 0, null, o.rows_affected, o.success_at, o.complete_at),
-      ('retrying', o.retry_count, null, 0, null, null)) v(status, observed, seconds, row_count, success_at, complete_at)
-   where o.run_id = any (run_ids) and (v.observed > 0 or v.row_count > 0 or v.success_at is not null)
+  with steps as materialized (select * from etl.step_outcomes o where o.run_id = any (run_ids))
+  select 'step', o.procedure_id, o.mode, case when o.duration_ms is null then 'skipped' else o.status end, 1::bigint, (o.duration_ms / 1000)::float8,
+         case when o.status = 'succeeded' then o.rows_affected else 0 end, o.run_id, o.ended_at,
+         case when o.status = 'succeeded' then o.success_at end, case when o.status = 'succeeded' then o.complete_at end
+    from steps o where o.ended_at is not null and o.skip_reason is distinct from 'reused'
+  union all
+  select 'step', o.procedure_id, o.mode, 'succeeded', 0, null, o.rows_affected, o.run_id, null, o.success_at, o.complete_at
+    from steps o where o.status <> 'succeeded' and (o.rows_affected > 0 or o.success_at is not null)
+  union all
+  select 'step', o.procedure_id, o.mode, 'retrying', o.retry_count, null, 0, o.run_id, null, null, null
+    from steps o where o.retry_count > 0
   union all
   select 'refresh', m.refresh_target_id, '', case when m.started_at is null then 'skipped' else m.status::text end, 1, (m.duration_ms / 1000)::float8, 0,
          m.run_id, m.ended_at, null, null
@@ -90,7 +93,10 @@ begin
     from etl._outcomes(run_ids) o
   on conflict on constraint metrics_pkey do update
     set observed_count = m.observed_count + excluded.observed_count, seconds_sum = m.seconds_sum + excluded.seconds_sum,
-        rows_sum = m.rows_sum + excluded.rows_sum, buckets = array(select a + b from unnest(m.buckets, excluded.buckets) u(a, b)),
+        rows_sum = m.rows_sum + excluded.rows_sum, buckets = array[
+          m.buckets[1] + excluded.buckets[1], m.buckets[2] + excluded.buckets[2], m.buckets[3] + excluded.buckets[3], m.buckets[4] + excluded.buckets[4],
+          m.buckets[5] + excluded.buckets[5], m.buckets[6] + excluded.buckets[6], m.buckets[7] + excluded.buckets[7], m.buckets[8] + excluded.buckets[8],
+          m.buckets[9] + excluded.buckets[9], m.buckets[10] + excluded.buckets[10], m.buckets[11] + excluded.buckets[11], m.buckets[12] + excluded.buckets[12]],
         last_observed_at = greatest(m.last_observed_at, excluded.last_observed_at),
         last_run_id = coalesce(excluded.last_run_id, m.last_run_id), last_seconds = coalesce(excluded.last_seconds, m.last_seconds),
         last_success_at = greatest(m.last_success_at, excluded.last_success_at), complete_at = greatest(m.complete_at, excluded.complete_at);

@@ -20,4 +20,7 @@ end $$;
 
 grant usage on schema etl to etl_reader;
 grant select on all tables in schema etl to etl_reader;
-do $$ begin perform etl._count_history(); end $$;
+do $$
+begin
+  if to_regprocedure('etl._count_history()') is not null then perform etl._count_history(); end if;
+end $$;
