@@ -40,11 +40,11 @@ select q.family, n.subject, q.mode, q.status, sum(q.observed_count)::bigint as o
        min(q.created_at) as created_at, max(q.last_observed_at) as last_observed_at, (max(q.newest))[1]::bigint as last_run_id,
        (max(q.newest))[2] as last_seconds
   from (select m.family, m.subject_id, m.mode, m.status, m.observed_count, m.seconds_sum, m.rows_sum, m.buckets, m.created_at, m.last_observed_at,
-               case when m.last_seconds is not null then array[m.last_run_id, m.last_seconds] end as newest
+               case when m.last_run_id is not null then array[m.last_run_id, m.last_seconds] end as newest
           from etl.metrics m
         union all
         select o.family, o.subject_id, o.mode, o.status, o.observed_count, o.seconds_sum, o.rows_sum, o.buckets, null, o.last_observed_at,
-               case when o.last_seconds is not null then array[o.last_run_id, o.last_seconds] end
+               case when o.last_run_id is not null then array[o.last_run_id, o.last_seconds] end
           from etl._live_outcomes() o
         union all
         select z.family, z.subject_id, z.mode, s.status, 0, 0, 0, array_fill(0::bigint, array[12]), null, null, null
@@ -73,7 +73,7 @@ comment on column etl.metrics_outcomes.rows_sum is 'Rows of committed steps and 
 comment on column etl.metrics_outcomes.buckets is 'How many durations lie in each bucket of etl._bucket_bounds(), not added up.';
 comment on column etl.metrics_outcomes.created_at is 'Since when it is counted; null: as long as nothing of it is stored.';
 comment on column etl.metrics_outcomes.last_run_id is 'The newest run that is counted here.';
-comment on column etl.metrics_outcomes.last_seconds is 'The longest duration that the newest run has brought.';
+comment on column etl.metrics_outcomes.last_seconds is 'The longest duration that the newest run has brought; null where nothing is timed.';
 
 create or replace view etl.metrics_procedures as
 select l.name as pipeline, p.name as procedure, p.type, f.last_success_at, f.complete_at, p.state_key is not null as has_watermark,
@@ -89,7 +89,8 @@ comment on column etl.metrics_procedures.freshness_seconds is 'Its freshness obj
 
 create or replace view etl.metrics_pipelines as
 select l.name as pipeline, a.run_count as active_runs, a.backfill_count as active_backfills, a.dead_count as dead_runs, a.active_since,
-       q.queued_count as queued_runs, q.queued_since, w.waiting_count as waiting_sessions, w.lock_wait_since, v.version as config_version, v.applied_at as config_applied_at
+       q.queued_count as queued_runs, q.queued_since, coalesce(w.waiting_count, 0) as waiting_sessions,
+       coalesce(extract(epoch from clock_timestamp() - w.lock_wait_since), 0)::float8 as lock_wait_seconds, v.version as config_version, v.applied_at as config_applied_at
   from etl.pipelines l
   cross join lateral (
     select count(*) filter (where r.kind = 'run') as run_count, count(*) filter (where r.kind = 'backfill') as backfill_count,
@@ -97,15 +98,23 @@ select l.name as pipeline, a.run_count as active_runs, a.backfill_count as activ
       from etl.runs r where r.pipeline_id = l.pipeline_id and r.status = 'running') a
   cross join lateral (
     select count(*) as queued_count, min(r.submitted_at) as queued_since from etl.runs r where r.pipeline_id = l.pipeline_id and r.status = 'queued') q
-  left join (select r.pipeline_id, count(*) as waiting_count, min(x.lock_wait_since) as lock_wait_since
-               from etl._waits() x join etl.runs r using (run_id) where x.lock_wait_since is not null group by r.pipeline_id) w using (pipeline_id)
+  left join (select x.pipeline_id, count(*) as waiting_count, min(x.lock_wait_since) as lock_wait_since
+               from etl._waits() x where x.lock_wait_since is not null group by x.pipeline_id) w using (pipeline_id)
   left join lateral (
     select c.version, c.applied_at from etl.config_versions c where c.pipeline_id = l.pipeline_id order by c.version desc limit 1) v on true;
 comment on view etl.metrics_pipelines is 'What goes on and what waits in each pipeline, and which configuration it has.';
 comment on column etl.metrics_pipelines.dead_runs is 'Runs whose sessions are gone and that nobody has recorded as abandoned yet.';
 comment on column etl.metrics_pipelines.active_since is 'When the oldest run or backfill that goes on began.';
-comment on column etl.metrics_pipelines.waiting_sessions is 'Sessions at work that wait for a lock; null: none.';
-comment on column etl.metrics_pipelines.lock_wait_since is 'Since when the one that has waited longest waits.';
+comment on column etl.metrics_pipelines.waiting_sessions is 'Sessions at work that wait for a lock.';
+comment on column etl.metrics_pipelines.lock_wait_seconds is 'For how long the one that has waited longest waits.';
+
+create or replace view etl.metrics_server as
+select i.version, array(select m.name from etl.migrations m order by m.name) as migrations, h.horizon, h.held_back_by,
+       coalesce((select f.is_frozen from etl.full_refresh_freezes f order by f.freeze_id desc limit 1), false) as is_full_refresh_frozen
+  from etl.installation i cross join lateral etl._horizon_now() h;
+comment on view etl.metrics_server is 'The installation, and how far back the oldest open transaction of this database reaches. One row.';
+comment on column etl.metrics_server.horizon is 'Nothing can still be committed with a time before this; null: a session hides since when it is in a transaction.';
+comment on column etl.metrics_server.held_back_by is 'What keeps the horizon from being now; null: nothing to speak of.';
 
 create or replace view etl.active_steps as
 select r.run_id, l.name as pipeline, r.kind, s.order_index, s.subject, s.mode, s.attempt, s.pid, s.started_at,
@@ -128,4 +137,4 @@ comment on column etl.active_steps.wait_event_type is 'What the session waits fo
 comment on column etl.active_steps.lock_wait_since is 'Since when the session waits for a lock; null: it does not.';
 comment on column etl.active_steps.blocked_by is 'The sessions that hold what it waits for: [{"pid", "user", "application", "state", "since"}].';
 
-grant select on etl.step_outcomes, etl.metrics_outcomes, etl.metrics_procedures, etl.metrics_pipelines, etl.active_steps to etl_reader;
+grant select on etl.step_outcomes, etl.metrics_outcomes, etl.metrics_procedures, etl.metrics_pipelines, etl.metrics_server, etl.active_steps to etl_reader;

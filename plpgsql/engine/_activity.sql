@@ -2,14 +2,14 @@
 
 -- The sessions of b2s and no others: with the rights of the owner, who may see more of a session than a reader may.
 create or replace function etl._waits()
-returns table (run_id bigint, pid int, wait_event_type text, wait_event text, lock_wait_since timestamptz, blocked_by jsonb)
+returns table (pipeline_id int, run_id bigint, pid int, wait_event_type text, wait_event text, lock_wait_since timestamptz, blocked_by jsonb)
 language sql volatile security definer set search_path = pg_catalog, pg_temp set jit = off as $$
-  select w.run_id, w.pid, a.wait_event_type, a.wait_event, k.since,
+  select w.pipeline_id, w.run_id, w.pid, a.wait_event_type, a.wait_event, k.since,
          (select jsonb_agg(jsonb_build_object('pid', b.pid, 'user', x.usename, 'application', x.application_name, 'state', x.state, 'since', x.xact_start)
                            order by x.xact_start)
             from unnest(case when k.since is not null or a.wait_event_type = 'Lock' then pg_blocking_pids(w.pid) end) b(pid)
             left join pg_catalog.pg_stat_activity x on x.pid = b.pid)
-    from (select r.run_id, unnest(etl._living_workers(r)) as pid from etl.runs r where r.status = 'running') w
+    from (select r.pipeline_id, r.run_id, unnest(etl._living_workers(r)) as pid from etl.runs r where r.status = 'running') w
     cross join lateral pg_stat_get_activity(w.pid) a
     cross join lateral (select min(l.waitstart) as since from pg_catalog.pg_locks l where l.pid = w.pid and not l.granted) k
 $$;
@@ -24,7 +24,7 @@ language sql stable security definer set search_path = pg_catalog, pg_temp set j
     from (select (select sum(e.duration_ms) from etl.procedure_runs e
                    where e.run_id = p.run_id and e.order_index = p.order_index and e.status in ('advanced', 'succeeded')) as duration_ms
             from etl.procedure_runs p
-           where p.procedure_id = _usual_ms.procedure_id and p.mode = _usual_ms.mode and p.status = 'succeeded' and p.lock_key < 0 = is_backfill
+           where p.procedure_id = _usual_ms.procedure_id and p.mode = _usual_ms.mode and p.status = 'succeeded' and (p.lock_key < 0) = is_backfill
            order by p.run_id desc limit 20) q
 $$;
 comment on function etl._usual_ms(int, text, boolean) is 'How long a step takes: the median of its last twenty successes in that mode, milliseconds; null when there is none.';

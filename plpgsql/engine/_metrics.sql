@@ -60,7 +60,7 @@ language sql stable set search_path = pg_catalog, pg_temp set jit = off as $$
                count(*) filter (where q.bucket = 6), count(*) filter (where q.bucket = 7), count(*) filter (where q.bucket = 8),
                count(*) filter (where q.bucket = 9), count(*) filter (where q.bucket = 10), count(*) filter (where q.bucket = 11)],
          max(q.ended_at) filter (where q.observed > 0), (max(q.newest))[1]::bigint, (max(q.newest))[2], max(q.success_at), max(q.complete_at)
-    from (select o.*, etl._bucket(o.seconds) as bucket, case when o.seconds is not null then array[o.run_id, o.seconds] end as newest
+    from (select o.*, etl._bucket(o.seconds) as bucket, case when o.observed > 0 then array[o.run_id, o.seconds] end as newest
             from etl._observations(run_ids) o) q
    group by q.family, q.subject_id, q.mode, q.status
 $$;

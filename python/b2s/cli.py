@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "runs": "list runs, newest first",
     "show": "explain one run: steps, failures, what to do next",
     "logs": "the events of one run, in order of time",
+    "exporter": "serve metrics to Prometheus",
     "cancel": "stop an active run",
     "reap": "record runs whose sessions are gone",
     "watermark": "list and move watermarks; give a table the column of the xid strategy",
