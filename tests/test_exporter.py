@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client import Metric
+from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -40,6 +41,11 @@ SEED: Final = {
 EXPORTERS: Final = (
     "select from pg_stat_activity where application_name = 'b2s exporter' and datname = current_database()"
 )
+
+
+def parse_openmetrics(text: str) -> list[Metric]:
+    """The families of an answer in OpenMetrics; the parser is strict."""
+    return list(openmetrics_parser.text_string_to_metric_families(text))  # type: ignore[no-untyped-call]
 
 
 class Lines:
@@ -334,6 +340,7 @@ def test_a_database_that_goes_and_comes_back_is_down_and_up_and_nothing_is_stale
         scraper._read_at = float("-inf")
         assert get(url).value("transformation_rows_affected_total", procedure="a", mode="incremental") == 1
     assert [event for event, _ in log.said] == ["database_is_there", "database_is_away", "database_is_there"]
+    db.drop()
 
 
 def test_a_locked_table_is_waited_for_briefly(pipeline: Pipeline) -> None:
@@ -391,8 +398,7 @@ def test_basic_authentication_lets_in_who_knows_the_password(pipeline: Pipeline,
     with exporter(pipeline.db.dsn, credentials=credentials_in(str(file))) as url:
 
         def status(given: str | None) -> int:
-            header = {} if given is None else {"Authorization": given}
-            return get(url, **header).status
+            return get(url, None, **({} if given is None else {"Authorization": given})).status
 
         def basic(text: str) -> str:
             return "Basic " + base64.b64encode(text.encode()).decode()
