@@ -105,10 +105,10 @@ def get(url: str, context: ssl.SSLContext | None = None, **headers: str) -> Answ
     request = urllib.request.Request(url, headers={k.replace("_", "-"): v for k, v in headers.items()})
     try:
         with urllib.request.urlopen(request, timeout=20, context=context) as response:
-            return Answer(response.status, response.headers, response.read())
+            return Answer(response.status, dict(response.headers), response.read())
     except urllib.error.HTTPError as error:
         with error:
-            return Answer(error.code, error.headers, error.read())
+            return Answer(error.code, dict(error.headers), error.read())
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def exporter(dsn: str, **settings: Any) -> Iterator[str]:
 
 def scrape(dsn: str, **headers: str) -> Answer:
     with exporter(dsn) as url:
-        return get(url, **headers)
+        return get(url, None, **headers)
 
 
 # -- what is served --

@@ -12,7 +12,9 @@ revoke all on function etl._step_event(text, etl.procedure_runs, jsonb) from pub
 create or replace function etl._event_text(event jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
-  if event->>'event' = 'log' then return coalesce(format('[%s] %s: ', event->>'order_index', nullif(event->>'procedure', '')), '') || (event->>'message'); end if;
+  if event->>'event' = 'log' then
+    return case when event ? 'procedure' then format('[%s] %s: ', event->>'order_index', event->>'procedure') else '' end || (event->>'message');
+  end if;
   if event->>'event' = 'step_succeeded' and not event ?| array['warning', 'slice_index'] then
     return format('[%s] %s succeeded %s in %s ms', event->>'order_index', event->>'procedure',
       case event->>'rows_affected' when '1' then '1 row' else (event->>'rows_affected') || ' rows' end, round((event->>'duration_ms')::numeric));
@@ -47,8 +49,12 @@ begin
       raise notice '%', v_text;
     end if;
   exception when untranslatable_character then
-    -- The client's encoding lacks a character: that must not end the run.
-    raise notice '%', regexp_replace(v_text, '[^ -~]', '?', 'g');
+    -- The client's encoding lacks a character: that must not end the run. The context that is sent along may have one too.
+    begin
+      raise notice '%', regexp_replace(v_text, '[^ -~]', '?', 'g');
+    exception when untranslatable_character then
+      null;
+    end;
   end;
   if v_level is not null then return true; end if;
   -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.

@@ -45,6 +45,8 @@ create or replace trigger config_versions_are_append_only before update or delet
   for each row execute function etl._refuse_change();
 create or replace trigger state_history_is_append_only before update or delete on etl.state_history
   for each row execute function etl._refuse_change();
+create or replace trigger step_logs_are_append_only before update or delete on etl.step_logs
+  for each row execute function etl._refuse_change();
 create or replace trigger freezes_are_append_only before update or delete on etl.full_refresh_freezes
   for each row execute function etl._refuse_change();
 
@@ -53,4 +55,5 @@ create or replace trigger attempts_are_not_truncated before truncate on etl.proc
 create or replace trigger refreshes_are_not_truncated before truncate on etl.mv_refreshes execute function etl._refuse_change();
 create or replace trigger config_versions_are_not_truncated before truncate on etl.config_versions execute function etl._refuse_change();
 create or replace trigger state_history_is_not_truncated before truncate on etl.state_history execute function etl._refuse_change();
+create or replace trigger step_logs_are_not_truncated before truncate on etl.step_logs execute function etl._refuse_change();
 create or replace trigger freezes_are_not_truncated before truncate on etl.full_refresh_freezes execute function etl._refuse_change();

@@ -33,7 +33,7 @@ COMMANDS: Final = {
     "status": "what is running, and how each procedure last ended",
     "runs": "list runs, newest first",
     "show": "explain one run: steps, failures, what to do next",
-    "logs": "the events of one run, in order of time",
+    "logs": "what happened in a run and what its routines said; --follow",
     "exporter": "serve metrics to Prometheus",
     "cancel": "stop an active run",
     "reap": "record runs whose sessions are gone",
