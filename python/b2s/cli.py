@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "runs": "list runs, newest first",
     "show": "explain one run: steps, failures, what to do next",
     "logs": "what happened in a run and what its routines said; --follow",
+    "report": "write one HTML file that explains a run, or a period",
     "exporter": "serve metrics to Prometheus",
     "cancel": "stop an active run",
     "reap": "record runs whose sessions are gone",
