@@ -11,7 +11,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s report."""
     parser.epilog = (
         "The file needs no server and no network, and may be sent to whoever may see names, messages and\n"
-        "row counts; it holds no statement and no parameter."
+        "row counts. It holds no parameter; of a routine that failed it shows the lines around the error."
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="the number of a run, or latest (default)")
     parser.add_argument(

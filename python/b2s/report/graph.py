@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -27,6 +28,11 @@ class Node:
     needs: tuple[str, ...]
     anchor: str
 
+    @property
+    def id(self) -> str:
+        """Its own place in the page; `anchor` is that of its row."""
+        return f"n{self.anchor}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -40,6 +46,13 @@ class _Place:
     @property
     def y(self) -> int:
         return 8 + self.row * (_HEIGHT + _GAP_Y)
+
+
+def outcomes(nodes: Sequence[Node]) -> list[tuple[str, int, str]]:
+    """Which outcomes there are, how often, and where the first of each is; the rarest first."""
+    counts = Counter(node.outcome for node in nodes)
+    first = {node.outcome: node.id for node in reversed(nodes)}
+    return [(kind, count, first[kind]) for kind, count in sorted(counts.items(), key=lambda one: one[1])]
 
 
 def draw(nodes: Sequence[Node]) -> Html:
@@ -76,6 +89,7 @@ def _box(node: Node, place: _Place) -> Html:
         tag("rect", x=place.x, y=place.y, width=_WIDTH, height=_HEIGHT, rx=4, class_="box"),
         tag("rect", x=place.x, y=place.y, width=6, height=_HEIGHT, rx=2, class_="mark"),
         tag("text", name, x=place.x + 13, y=place.y + 17),
+        id=node.id,
         href=f"#{node.anchor}",
         class_=f"node s-{node.outcome}",
     )

@@ -23,7 +23,7 @@ def tag(name: str, *children: Child, **attributes: object) -> Html:
         if value is None or value is False:
             continue
         shown = key.rstrip("_").replace("_", "-")
-        parts.append(f" {shown}" if value is True else f' {shown}="{escape(str(value))}"')
+        parts.append(f" {shown}" if value is True else f' {shown}="{_escaped(value)}"')
     if name in _VOID:
         return Html("".join((*parts, "/>" if name not in ("br", "col", "meta", "input") else ">")))
     return Html("".join((*parts, ">", join(children), f"</{name}>")))
@@ -35,9 +35,11 @@ def join(children: Iterable[Child]) -> Html:
 
 
 def _child(child: Child) -> str:
-    if isinstance(child, Html):
-        return child
-    text = str(child)
+    return child if isinstance(child, Html) else _escaped(child)
+
+
+def _escaped(value: object) -> str:
+    text = str(value)
     if not text.isprintable():
         text = "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
     return escape(text)

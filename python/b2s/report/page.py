@@ -102,8 +102,12 @@ def _graph(report: Report) -> Html | None:
         )
         for one in report.procedures
     ]
-    kinds = dict.fromkeys(node.outcome for node in nodes)
-    legend = [tag("li", sections.status(None if kind == "none" else kind)) for kind in kinds]
+    legend = [
+        tag(
+            "li", tag("a", sections.status(None if kind == "none" else kind), f" {count:,}", href=f"#{first}")
+        )
+        for kind, count, first in graph.outcomes(nodes)
+    ]
     return join([
         tag("ul", *legend, class_="legend"),
         sections.window(graph.draw(nodes), "Dependencies"),

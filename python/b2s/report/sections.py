@@ -89,7 +89,7 @@ def tiles(report: Report, trends: Mapping[int, Trend]) -> Html:
 
 def days(report: Report) -> Html | None:
     """A bar for each day of the period, of what its runs came to."""
-    if report.since is None or not report.days:
+    if report.since is None or len({one["day"] for one in report.days}) < 2:
         return None
     by_day: dict[str, list[Row]] = {}
     for one in report.days:
@@ -103,7 +103,9 @@ def days(report: Report) -> Html | None:
         ]
         told = ", ".join(f"{one['count']:,} {one['status'].replace('_', ' ')}" for one in found)
         bars.append(tag("li", *parts, tag("span", f"{day}: {told}", class_="unseen"), title=f"{day}: {told}"))
-    return tag("ol", *bars, class_="days", aria_label="Runs by day")
+    first, last = min(by_day), max(by_day)
+    told = tag("p", f"Runs by day, {first} to {last}; at most {most:,} on one day")
+    return join((tag("ol", *bars, class_="days", aria_label="Runs by day"), told))
 
 
 def failures(report: Report) -> Html:
@@ -137,7 +139,7 @@ def _failures_of(run: Row) -> Iterator[Html]:
             *(_place(place) for place in step.get("places") or ()),
             _named("Context", step["error_context"]),
             _named("Attempts", step["attempt"] if step["attempt"] > 1 else None),
-            _named("Skipped because of it", ", ".join(taken) or None),
+            _names("Skipped because of it", taken),
             open=True,
             class_="failure",
         )
@@ -194,6 +196,16 @@ def _named(name: str, text: object) -> Html | None:
     return tag("div", tag("h4", name), tag("pre", text))
 
 
+def _names(name: str, names: Sequence[str]) -> Html | None:
+    """A list of names, folded where it is long."""
+    if not names:
+        return None
+    listed = tag("pre", ", ".join(names))
+    if len(names) <= _SLOWEST:
+        return tag("div", tag("h4", name), listed)
+    return tag("details", tag("summary", f"{name}: {plural(len(names), 'procedure')}"), listed)
+
+
 def _place(place: Row) -> Html:
     lines = (
         tag("mark" if number == str(place["line"]) else "span", f"{number:>5} | {text}\n")
@@ -244,8 +256,8 @@ def procedures(report: Report, trends: Mapping[int, Trend]) -> Html:
             (_rows(trend), trend.last_rows),
             sparkline([float(count) for count in trend.rows], "Rows", is_unusual=trend.is_empty),
         ))  # fmt: skip
-    titles = ("procedure", "type", "outcome", "succeeded", "failed", "retries", "last took", "usually",
-              "against usual", "durations", "rows", "rows over time")  # fmt: skip
+    titles = ("procedure", "type", "outcome", "succeeded", "failed", "retries", "last success took",
+              "usually", "against usual", "durations", "rows", "rows over time")  # fmt: skip
     return table(titles, rows, caption="Procedures", numbers=(3, 4, 5, 6, 7, 8, 10))
 
 
