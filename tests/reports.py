@@ -16,7 +16,7 @@ _BEGAN: Final = datetime(2026, 11, 29, 2, 0, tzinfo=UTC)
 
 
 def synthetic(count: int, *, since: str | None = None, seed: int = 1) -> Report:
-    """A run of so many procedures: one fails and takes along what needs it, one is slow, one brings nothing."""
+    """A run of so many procedures: one fails and takes along what needs it, one is slow, one is empty."""
     rng = random.Random(seed)
     names = [f"silver.{'dim' if n < count * 0.4 else 'fact'}_{n:03}" for n in range(count)]
     needs = {

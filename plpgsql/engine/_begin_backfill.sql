@@ -177,7 +177,7 @@ begin
   run_id := v_run.run_id;
   is_new := run_id is null;
   if not is_new then return; end if;
-  perform etl._drop_logs();
+  perform etl._forget_logs();
   if not pg_try_advisory_xact_lock_shared(6435443, 0) then
     perform etl._fail('PT409', 'install.active', 'b2s is being upgraded in this database', 'try again in a moment');
   end if;

@@ -48,7 +48,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_holder record;
 begin
-  perform etl._drop_holds(pipeline_id), etl._drop_logs();
+  perform etl._drop_holds(pipeline_id), etl._forget_logs();
   if not pg_try_advisory_xact_lock_shared(6435443, 0) then
     perform etl._fail('PT409', 'install.active', 'b2s is being upgraded in this database', 'try again in a moment');
   end if;

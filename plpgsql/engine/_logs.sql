@@ -38,7 +38,7 @@ $$;
 comment on function etl._prepared_logs() is 'The log lines that this session keeps until their step has ended.';
 revoke all on function etl._prepared_logs() from public;
 
-create or replace function etl._drop_logs() returns void
+create or replace function etl._forget_logs() returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_name text;
@@ -48,8 +48,8 @@ begin
   end loop;
   perform set_config('b2s.log_lines', '', true);
 end $$;
-comment on function etl._drop_logs() is 'Forgets the log lines that this session keeps; before a run, those that an interrupted CALL, or a client, has left behind.';
-revoke all on function etl._drop_logs() from public;
+comment on function etl._forget_logs() is 'Forgets the log lines that this session keeps; before a run, those that an interrupted CALL, or a client, has left behind.';
+revoke all on function etl._forget_logs() from public;
 
 create or replace function etl._keep_logs(run_id bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
@@ -66,7 +66,7 @@ begin
     join etl.procedure_runs p on p.run_id = _keep_logs.run_id and p.order_index = (l.line->>'order_index')::int and p.attempt = (l.line->>'attempt')::int
    where (l.line->>'run_id')::bigint = _keep_logs.run_id
    order by 1;
-  perform etl._drop_logs();
+  perform etl._forget_logs();
 end $$;
 comment on function etl._keep_logs(bigint) is 'Makes rows of etl.step_logs of the lines that this session keeps for a run.';
 revoke all on function etl._keep_logs(bigint) from public;

@@ -69,7 +69,7 @@ begin
     if not found then perform etl._fail('PT404', 'run.unknown', format('there is no run %s', wanted_run_id), 'which there are: select * from etl.run_history'); end if;
   end if;
   v_pipeline_id := coalesce(v_wanted.pipeline_id, (etl._pipeline(pipeline)).pipeline_id);
-  perform etl._drop_holds(v_pipeline_id), etl._drop_logs();
+  perform etl._drop_holds(v_pipeline_id), etl._forget_logs();
   select * into v_run from etl.runs r where r.pipeline_id = v_pipeline_id and r.status = 'running' and r.kind = 'run';
   if v_run.run_id is null then
     -- Another worker may just be taking up the oldest one: wait until it has, and help it.

@@ -10,6 +10,8 @@ from datetime import date, datetime
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
+from b2s.errors import UsageError
+
 MAX_MILLISECONDS: Final = 2**31 - 1
 MAX_FRESHNESS: Final = 3650 * 86_400_000
 MAX_BIGINT: Final = 2**63 - 1
@@ -134,6 +136,14 @@ def bounded_duration(value: object) -> int:
     if milliseconds > MAX_MILLISECONDS:
         raise Refused("is longer than 24 days, the most a duration may be here")
     return milliseconds
+
+
+def option_seconds(option: str, text: str) -> float:
+    """The duration that an option of the command line gives, in seconds. Raises UsageError."""
+    try:
+        return bounded_duration(text) / 1000
+    except Refused as refusal:
+        raise UsageError(f"{option} {text} {refusal}", f"for example: {option} 10s") from None
 
 
 def check_cron(value: str) -> str:

@@ -47,6 +47,7 @@ def execute(arguments: argparse.Namespace) -> int:
     import sys
 
     from b2s.commands.run import check_workers
+    from b2s.configvalues import option_seconds
     from b2s.output import print_json
     from b2s.progress import logger
     from b2s.worker import Team
@@ -58,20 +59,10 @@ def execute(arguments: argparse.Namespace) -> int:
         arguments.workers,
         list(dict.fromkeys(arguments.pipeline)),
         logger(log_format, sys.stderr),
-        poll=_seconds("--poll", arguments.poll),
+        poll=option_seconds("--poll", arguments.poll),
         is_once=arguments.once,
     )
-    is_clean = team.work(_seconds("--grace", arguments.grace))
+    is_clean = team.work(option_seconds("--grace", arguments.grace))
     if arguments.json:
         print_json({"executed": sorted(team.executed), "is_clean": is_clean})
     return 0 if is_clean else 1
-
-
-def _seconds(option: str, text: str) -> float:
-    from b2s.configvalues import Refused, bounded_duration
-    from b2s.errors import UsageError
-
-    try:
-        return bounded_duration(text) / 1000
-    except Refused as refusal:
-        raise UsageError(f"{option} {text} {refusal}", f"for example: {option} 10s") from None
