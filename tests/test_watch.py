@@ -1,4 +1,4 @@
-"""b2s status and b2s show while something goes on: who is running, for how long, who is in the way."""
+"""b2s status and show while something goes on: who is running, for how long, who is in the way."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ Document = Mapping[str, Any]
 
 ACTIVE: Final = """
 select a.order_index, a.subject as procedure, a.mode, a.attempt, a.pid, a.started_at,
-       a.running_ms as duration_ms, a.usual_ms, a.wait_event_type, a.wait_event, a.lock_wait_since, a.blocked_by
+       a.running_ms as duration_ms, a.usual_ms, a.wait_event_type, a.wait_event, a.lock_wait_since,
+       a.blocked_by
   from etl.active_steps a where a.run_id = %(run_id)s order by a.order_index, a.subject"""
 _LONG: Final = 1.5
 _NOT_WAITING: Final = ("Activity", "Client", "Timeout")
