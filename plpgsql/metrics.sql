@@ -110,10 +110,13 @@ comment on column etl.metrics_pipelines.lock_wait_seconds is 'For how long the o
 
 create or replace view etl.metrics_server as
 select i.version, array(select m.name from etl.migrations m order by m.name) as migrations, h.horizon, h.held_back_by,
-       coalesce((select f.is_frozen from etl.full_refresh_freezes f order by f.freeze_id desc limit 1), false) as is_full_refresh_frozen
+       coalesce((select f.is_frozen from etl.full_refresh_freezes f order by f.freeze_id desc limit 1), false) as is_full_refresh_frozen,
+       etl._clock_beat() as clock_at, (select count(*) from etl.schedules s where s.is_active) as schedule_count
   from etl.installation i cross join lateral etl._horizon_now() h;
 comment on view etl.metrics_server is 'The installation, and how far back the oldest open transaction of this database reaches. One row.';
 comment on column etl.metrics_server.horizon is 'Nothing can still be committed with a time before this; null: a session hides since when it is in a transaction.';
+comment on column etl.metrics_server.clock_at is 'When a clock last asked what is due; null: none ever did.';
+comment on column etl.metrics_server.schedule_count is 'How many schedules there are for a clock.';
 comment on column etl.metrics_server.held_back_by is 'What keeps the horizon from being now; null: nothing to speak of.';
 
 create or replace view etl.active_steps as

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -271,6 +272,19 @@ def test_a_catalog_that_was_changed_by_other_means_shows(pipeline: Pipeline) -> 
     assert scrape(pipeline.db.dsn).value("transformation_config_drift", pipeline="bronze_to_silver") == 0
     pipeline.conn.execute("update etl.procedures set on_failure = 'stop'")
     assert scrape(pipeline.db.dsn).value("transformation_config_drift", pipeline="bronze_to_silver") == 1
+
+
+def test_a_clock_shows_since_when_it_has_been_silent(pipeline: Pipeline) -> None:
+    got = scrape(pipeline.db.dsn)
+    assert got.value("transformation_schedules") == 0
+    assert "transformation_clock_timestamp_seconds" not in got.names(), "there was none yet"
+    pipeline.conn.execute(
+        "create table if not exists etl.heartbeats (name text primary key, beat_at timestamptz not null,"
+        " session_user_name text not null, application_name text not null, detail text)"
+    )
+    pipeline.conn.execute("insert into etl.heartbeats values ('clock', '2026-11-29 02:00+00', 'a', 'b')")
+    moment = scrape(pipeline.db.dsn).value("transformation_clock_timestamp_seconds")
+    assert moment == datetime(2026, 11, 29, 2, tzinfo=UTC).timestamp()
 
 
 def test_a_schema_of_another_release_shows(pipeline: Pipeline) -> None:

@@ -94,8 +94,9 @@ def test_status_names_who_is_late_and_what_holds_windows_back(
 
 def test_parts_read_well() -> None:
     step: dict[str, Any] = {
-        "order_index": None, "procedure": "mart.v", "duration_ms": 100, "usual_ms": 50, "attempt": 2, "pid": 7,
-        "lock_wait_since": None, "wait_event_type": "IO", "wait_event": "DataFileRead", "blocked_by": None,
+        "order_index": None, "procedure": "mart.v", "duration_ms": 100, "usual_ms": 50, "attempt": 2,
+        "pid": 7, "lock_wait_since": None, "wait_event_type": "IO", "wait_event": "DataFileRead",
+        "blocked_by": None,
     }  # fmt: skip
     assert list(step_lines([step], Style())) == [
         "  at mart.v for 100 ms, usually 50 ms, attempt 2, backend 7, waits for IO DataFileRead"

@@ -185,6 +185,16 @@ def _server(snapshot: Snapshot) -> Iterator[Metric]:
         snapshot.server,
         "horizon",
     )
+    yield _gauges(
+        "transformation_clock_timestamp_seconds",
+        "When a clock last asked what is due.",
+        (),
+        snapshot.server,
+        "clock_at",
+    )
+    yield _gauge(
+        "transformation_schedules", "Schedules that a clock is to start runs by.", server["schedule_count"]
+    )
     yield _gauge(
         "transformation_full_refresh_frozen",
         "Whether full refreshes are frozen.",
