@@ -30,39 +30,8 @@ comment on column etl.step_outcomes.rows_affected is 'Rows of what was committed
 comment on column etl.step_outcomes.success_at is 'When it succeeded, or found nothing new to read. Null in a backfill.';
 comment on column etl.step_outcomes.complete_at is 'Everything that was committed by then has been read. Null: not a success, or not known.';
 
--- Counters of runs that have ended and of what has ended of those that go on; label sets that have not occurred are there as zero,
--- so that a first failure is an increase. Procedures of one name in two pipelines are one: the labels have no pipeline.
 create or replace view etl.metrics_outcomes as
-select q.family, n.subject, q.mode, q.status, sum(q.observed_count)::bigint as observed_count, sum(q.seconds_sum) as seconds_sum,
-       sum(q.rows_sum)::bigint as rows_sum,
-       array[sum(q.buckets[1]), sum(q.buckets[2]), sum(q.buckets[3]), sum(q.buckets[4]), sum(q.buckets[5]), sum(q.buckets[6]), sum(q.buckets[7]),
-             sum(q.buckets[8]), sum(q.buckets[9]), sum(q.buckets[10]), sum(q.buckets[11]), sum(q.buckets[12])]::bigint[] as buckets,
-       min(q.created_at) as created_at, max(q.last_observed_at) as last_observed_at, (max(q.newest))[1]::bigint as last_run_id,
-       (max(q.newest))[2] as last_seconds
-  from (select m.family, m.subject_id, m.mode, m.status, m.observed_count, m.seconds_sum, m.rows_sum, m.buckets, m.created_at, m.last_observed_at,
-               case when m.last_run_id is not null then array[m.last_run_id, m.last_seconds] end as newest
-          from etl.metrics m
-        union all
-        select o.family, o.subject_id, o.mode, o.status, o.observed_count, o.seconds_sum, o.rows_sum, o.buckets, null, o.last_observed_at,
-               case when o.last_run_id is not null then array[o.last_run_id, o.last_seconds] end
-          from etl._live_outcomes() o
-        union all
-        select z.family, z.subject_id, z.mode, s.status, 0, 0, 0, array_fill(0::bigint, array[12]), null, null, null
-          from (select 'step' as family, p.procedure_id as subject_id, m.mode, '{succeeded,failed}'::text[] as statuses
-                  from etl.procedures p cross join lateral unnest(array['incremental', case when p.allow_full_refresh or p.default_mode = 'full' then 'full' end]) m(mode)
-                 where m.mode is not null
-                union all
-                select 'refresh', t.refresh_target_id, '', '{succeeded,failed}' from etl.refresh_targets t
-                union all
-                select 'run', l.pipeline_id, 'run', '{succeeded,completed_with_warnings,failed,cancelled,abandoned}' from etl.pipelines l) z
-          cross join lateral unnest(z.statuses) s(status)) q
-  join (select 'step' as family, p.procedure_id as subject_id, p.name as subject from etl.procedures p where p.is_active
-        union all
-        select 'refresh', t.refresh_target_id, t.name from etl.refresh_targets t
-         where exists (select from etl.procedure_refresh_targets x join etl.procedures p using (procedure_id) where x.refresh_target_id = t.refresh_target_id and p.is_active)
-        union all
-        select 'run', l.pipeline_id, l.name from etl.pipelines l) n using (family, subject_id)
- group by q.family, n.subject, q.mode, q.status;
+select * from etl._counted_outcomes();
 comment on view etl.metrics_outcomes is
   'How often what ended how, and how long it took, since b2s counts: counters and histograms, as true as the tables at any moment. Configured procedures and views only.';
 comment on column etl.metrics_outcomes.family is 'step, refresh or run: subject is a procedure, a materialized view or a pipeline.';

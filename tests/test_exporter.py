@@ -121,6 +121,7 @@ def exporter(dsn: str, **settings: Any) -> Iterator[str]:
 
 
 def scrape(dsn: str, **headers: str) -> Answer:
+    """What an exporter of its own answers."""
     with exporter(dsn) as url:
         return get(url, None, **headers)
 
@@ -278,11 +279,11 @@ def test_a_clock_shows_since_when_it_has_been_silent(pipeline: Pipeline) -> None
     got = scrape(pipeline.db.dsn)
     assert got.value("transformation_schedules") == 0
     assert "transformation_clock_timestamp_seconds" not in got.names(), "there was none yet"
-    pipeline.conn.execute(
+    pipeline.sql(
         "create table if not exists etl.heartbeats (name text primary key, beat_at timestamptz not null,"
-        " session_user_name text not null, application_name text not null, detail text)"
+        " session_user_name text not null, application_name text not null, detail text);"
+        "insert into etl.heartbeats values ('clock', '2026-11-29 02:00+00', 'a', 'b')"
     )
-    pipeline.conn.execute("insert into etl.heartbeats values ('clock', '2026-11-29 02:00+00', 'a', 'b')")
     moment = scrape(pipeline.db.dsn).value("transformation_clock_timestamp_seconds")
     assert moment == datetime(2026, 11, 29, 2, tzinfo=UTC).timestamp()
 
@@ -394,13 +395,24 @@ def test_scrapes_at_the_same_moment_read_the_database_once(pipeline: Pipeline) -
     assert sessions == 1
 
 
-def test_it_leaves_no_session_behind(pipeline: Pipeline) -> None:
+def test_it_keeps_one_session_and_ends_it_with_itself(pipeline: Pipeline) -> None:
     with exporter(pipeline.db.dsn) as url:
-        get(url)
-        wait_until(
-            pipeline.conn,
-            f"select not exists ({EXPORTERS})",
-        )
+        for _ in range(3):
+            get(url)
+        idle = pipeline.column(f"select state from ({EXPORTERS.replace('select', 'select state', 1)}) q")
+        assert idle == ["idle"], "no transaction is left open"
+    wait_until(pipeline.conn, f"select not exists ({EXPORTERS})")
+
+
+def test_a_session_that_somebody_ended_is_opened_again_within_the_scrape(pipeline: Pipeline) -> None:
+    scraper = Scraper(pipeline.db.dsn, Lines())
+    assert scraper.read().error is None
+    pids = pipeline.column(f"select pid from ({EXPORTERS.replace('select', 'select pid', 1)}) q")
+    pipeline.conn.execute("select pg_terminate_backend(%s)", pids)
+    wait_until(pipeline.conn, f"select not exists ({EXPORTERS})")
+    scraper._read_at = float("-inf")
+    assert scraper.read().error is None
+    scraper.close()
 
 
 # -- who may ask --

@@ -127,3 +127,47 @@ begin
 end $$;
 comment on function etl._count_history() is 'Counts all runs that have ended when none was counted yet. Called by each install.';
 revoke all on function etl._count_history() from public;
+
+-- Counters of runs that have ended and of what has ended of those that go on; label sets that have not occurred are there as zero,
+-- so that a first failure is an increase. Procedures of one name in two pipelines are one: the labels have no pipeline.
+-- Hashed and never sorted: comparing names by the rules of a language costs more than everything else.
+create or replace function etl._counted_outcomes()
+returns table (family text, subject text, mode text, status text, observed_count bigint, seconds_sum float8, rows_sum bigint, buckets bigint[],
+               created_at timestamptz, last_observed_at timestamptz, last_run_id bigint, last_seconds float8)
+language sql stable security definer set search_path = pg_catalog, pg_temp set enable_sort = off set enable_mergejoin = off set jit = off as $$
+  with counted as (
+    select m.family, m.subject_id, m.mode, m.status, m.observed_count, m.seconds_sum, m.rows_sum, m.buckets, m.created_at, m.last_observed_at,
+           m.last_run_id, m.last_seconds
+      from etl.metrics m
+    union all
+    select o.family, o.subject_id, o.mode, o.status, o.observed_count, o.seconds_sum, o.rows_sum, o.buckets, null, o.last_observed_at,
+           o.last_run_id, o.last_seconds
+      from etl._live_outcomes() o
+  ), subject as (
+    select 'step' as family, p.procedure_id as subject_id, p.name, s.status, m.mode
+      from etl.procedures p
+      cross join lateral unnest(array['incremental', case when p.allow_full_refresh or p.default_mode = 'full' then 'full' end]) m(mode)
+      cross join unnest('{succeeded,failed}'::text[]) s(status)
+     where p.is_active and m.mode is not null
+    union all
+    select 'refresh', t.refresh_target_id, t.name, s.status, ''
+      from etl.refresh_targets t cross join unnest('{succeeded,failed}'::text[]) s(status)
+     where exists (select from etl.procedure_refresh_targets x join etl.procedures p using (procedure_id) where x.refresh_target_id = t.refresh_target_id and p.is_active)
+    union all
+    select 'run', l.pipeline_id, l.name, s.status, 'run'
+      from etl.pipelines l cross join unnest('{succeeded,completed_with_warnings,failed,cancelled,abandoned}'::text[]) s(status)
+  )
+  select q.family, q.name, q.mode, q.status, sum(q.observed_count)::bigint, sum(q.seconds_sum), sum(q.rows_sum)::bigint,
+         array[sum(q.buckets[1]), sum(q.buckets[2]), sum(q.buckets[3]), sum(q.buckets[4]), sum(q.buckets[5]), sum(q.buckets[6]), sum(q.buckets[7]),
+               sum(q.buckets[8]), sum(q.buckets[9]), sum(q.buckets[10]), sum(q.buckets[11]), sum(q.buckets[12])]::bigint[],
+         min(q.created_at), max(q.last_observed_at), (max(q.newest))[1]::bigint, (max(q.newest))[2]
+    from (select c.family, n.name, c.mode, c.status, c.observed_count, c.seconds_sum, c.rows_sum, c.buckets, c.created_at, c.last_observed_at,
+                 case when c.last_run_id is not null then array[c.last_run_id, c.last_seconds] end as newest
+            from counted c join (select distinct u.family, u.subject_id, u.name from subject u) n using (family, subject_id)
+          union all
+          select u.family, u.name, u.mode, u.status, 0, 0, 0, array_fill(0::bigint, array[12]), null, null, null from subject u) q
+   group by q.family, q.name, q.mode, q.status
+$$;
+comment on function etl._counted_outcomes() is 'The rows of etl.metrics_outcomes.';
+revoke all on function etl._counted_outcomes() from public;
+grant execute on function etl._counted_outcomes() to etl_reader;

@@ -22,6 +22,15 @@ def connect(dsn: str) -> Iterator[Connection]:
     Raises UsageError for a malformed dsn; every database error inside the block becomes a DatabaseError.
     """
     try:
+        with opened(dsn) as connection:
+            yield connection
+    except psycopg.Error as error:
+        raise DatabaseError.of(error) from error
+
+
+def opened(dsn: str) -> Connection:
+    """The same session without an end, for who keeps it. Raises UsageError or DatabaseError."""
+    try:
         parameters = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
         raise UsageError(
@@ -31,7 +40,6 @@ def connect(dsn: str) -> Iterator[Connection]:
     parameters.setdefault("application_name", "b2s")
     parameters.setdefault("connect_timeout", "10")
     try:
-        with psycopg.connect(conninfo.make_conninfo("", **parameters), autocommit=True) as connection:
-            yield connection
+        return psycopg.connect(conninfo.make_conninfo("", **parameters), autocommit=True)
     except psycopg.Error as error:
         raise DatabaseError.of(error) from error

@@ -1,8 +1,9 @@
 """The exporter: reads what the engine has counted, and serves it to Prometheus.
 
 It keeps nothing itself: counters live in the database, so it may be down, restarted or doubled without
-any of them being wrong. Each scrape opens one short, read-only session, because a pool would wait for a
-server that is gone; scrapes at the same moment, or within a second, share one reading.
+any of them being wrong. Each scrape is one short, read-only transaction, in a session that is kept and opened
+again when it is gone: no pool, which would wait for a server that is not there. Scrapes at the same moment,
+or within a second, share one reading.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from psycopg import conninfo
 from psycopg.rows import dict_row
 
 from b2s import __version__
-from b2s.db import connect
+from b2s.db import Connection, opened
 from b2s.errors import DatabaseError, UsageError
 from b2s.metricfamilies import Snapshot, families
 from b2s.sqlfiles import load_manifest
@@ -39,19 +40,25 @@ _DRIFT_EVERY: Final = 300.0
 _DEFAULT_TIMEOUT: Final = 10.0
 _RESERVE: Final = 0.5
 _PATIENCE: Final = 10
-_CONNECT: Final = {"application_name": "b2s exporter", "connect_timeout": "3"}
-_QUERIES: Final = {
-    "outcomes": "select * from etl.metrics_outcomes o order by o.family, o.subject, o.mode, o.status",
-    "procedures": "select * from etl.metrics_procedures p order by p.pipeline, p.procedure",
-    "pipelines": "select * from etl.metrics_pipelines p order by p.pipeline",
+_CONNECT: Final = {
+    "application_name": "b2s exporter", "connect_timeout": "3", "tcp_user_timeout": "5000",
+    "keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "3",
+}  # fmt: skip
+QUERIES: Final = {
+    "outcomes": "select * from etl.metrics_outcomes",
+    "procedures": "select * from etl.metrics_procedures",
+    "pipelines": "select * from etl.metrics_pipelines",
     "running": """
 select a.pipeline, a.subject as procedure, min(a.started_at) as running_since
   from etl.active_steps a where a.kind = 'run' and a.order_index is not null
- group by a.pipeline, a.subject order by a.pipeline, a.subject""",
+ group by a.pipeline, a.subject""",
     "server": "select * from etl.metrics_server",
 }
+"""What a scrape reads, in one snapshot. Unsorted: that would cost as much as the rest."""
 _DRIFT: Final = "select d.pipeline, d.is_drifted from etl._config_drift() d order by d.pipeline"
 _BOUNDS: Final = "select etl._bucket_bounds()"
+_OF_THE_QUERY: Final = ("57014", "55P03")
+"""Timeouts: another session would not help."""
 _REASONS: Final = (
     ("57014", "timeout"), ("55P03", "timeout"), ("25P0", "timeout"), ("28", "refused"), ("42501", "refused"),
     ("3F", "not_installed"), ("42P01", "not_installed"), ("42703", "not_installed"),
@@ -80,6 +87,7 @@ class Scraper:
             self._dsn = dsn  # b2s.db says what is wrong with it
         self._log = log
         self._lock = threading.Lock()
+        self._connection: Connection | None = None
         self._snapshot = Snapshot()
         self._read_at = float("-inf")
         self._drift: list[dict[str, Any]] = []
@@ -112,7 +120,22 @@ class Scraper:
         return snapshot
 
     def _query(self, deadline: float) -> Snapshot:
-        with connect(self._dsn) as connection, connection.cursor(row_factory=dict_row) as cursor:
+        """Reads in the session that is there, else in a new one; a session that fails is given up."""
+        is_new = self._connection is None
+        connection = self._connection or opened(self._dsn)
+        self._connection = None
+        try:
+            snapshot = self._read_in(connection, deadline)
+        except psycopg.Error as error:
+            connection.close()
+            if is_new or not isinstance(error, psycopg.OperationalError) or error.sqlstate in _OF_THE_QUERY:
+                raise DatabaseError.of(error) from error
+            return self._query(deadline)  # it had ended since the last scrape
+        self._connection = connection
+        return snapshot
+
+    def _read_in(self, connection: Connection, deadline: float) -> Snapshot:
+        with connection.cursor(row_factory=dict_row) as cursor:
             cursor.execute("begin isolation level repeatable read read only")
             cursor.execute("select set_config('jit', 'off', true), set_config('lock_timeout', '500ms', true)")
 
@@ -121,7 +144,7 @@ class Scraper:
                 cursor.execute("select set_config('statement_timeout', %s, true)", [f"{left}ms"])
                 return cursor.execute(query.encode()).fetchall()
 
-            found: dict[str, Any] = {name: rows(query) for name, query in _QUERIES.items()}
+            found: dict[str, Any] = {name: rows(query) for name, query in QUERIES.items()}
             bounds = rows(_BOUNDS)[0]["_bucket_bounds"]
             if time.monotonic() - self._drift_at > _DRIFT_EVERY:
                 self._drift, self._drift_at = rows(_DRIFT), time.monotonic()
@@ -129,6 +152,13 @@ class Scraper:
         server = found["server"][0]
         is_current = server["version"] == __version__ and server["migrations"] == self._migrations
         return Snapshot(**found, bounds=bounds, drift=self._drift, is_current=is_current)
+
+    def close(self) -> None:
+        """Ends its session."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
     def _note(self, *, is_up: bool, **fields: str) -> None:
         """A change is worth a line, its repetition is not."""
@@ -262,6 +292,7 @@ def serving(endpoint: Endpoint, scraper: Scraper) -> Iterator[int]:
         server.shutdown()
         server.server_close()
         thread.join()
+        scraper.close()
 
 
 def _check_files(endpoint: Endpoint) -> None:

@@ -102,5 +102,6 @@ def _print_once(scraper: Any) -> int:
     from b2s.exporter import registry_of
 
     snapshot = scraper.read()
+    scraper.close()
     print(generate_latest(registry_of(snapshot, is_openmetrics=False)).decode(), end="")
     return 0 if snapshot.error is None else 3
