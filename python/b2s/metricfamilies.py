@@ -67,9 +67,10 @@ def families(snapshot: Snapshot, *, is_openmetrics: bool) -> Iterator[Metric]:
     if snapshot.error is not None:
         return
     form = _Form(snapshot.bounds, is_openmetrics)
-    steps = [row for row in snapshot.outcomes if row["family"] == "step"]
-    refreshes = [row for row in snapshot.outcomes if row["family"] == "refresh"]
-    runs = [row for row in snapshot.outcomes if row["family"] == "run"]
+    outcomes = sorted(snapshot.outcomes, key=lambda row: (row["subject"], row["mode"], row["status"]))
+    steps, refreshes, runs = (
+        [row for row in outcomes if row["family"] == family] for family in ("step", "refresh", "run")
+    )
     yield form.histogram(
         "transformation_duration_seconds",
         "How long steps took that ended with a status; attempts that were tried again are left out.",
