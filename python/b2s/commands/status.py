@@ -108,7 +108,7 @@ def _lines(found: Mapping[str, Any], look: Style) -> Iterator[str]:
     yield from status_lines(found["backfills"], look)
     if freeze and freeze["is_frozen"]:
         yield look.paint(f"full refreshes are frozen by {freeze['changed_by']}: {freeze['reason']}", "yellow")
-    if found["held_back"]:
+    if found["held_back"] and any(one["watermark"] for one in health):
         held = visible(found["held_back"]["held_back_by"])
         yield look.paint(f"windows of timestamps and ids are held back by {held}", "yellow")
     yield from _health_lines(health, look)
