@@ -5,6 +5,10 @@ alter table etl.procedures add column freshness_ms bigint,
 comment on column etl.procedures.freshness_ms is
   'Its freshness objective, milliseconds: what it fills is to be complete up to a moment no longer ago than this. Null: none.';
 
+alter table etl.runs add column counted_until int not null default 0;
+comment on column etl.runs.counted_until is
+  'Of a backfill: the last chunk that etl.metrics has counted; it counts them a hundred at a time, and the rest at its end.';
+
 -- The queue is looked at by every worker and every scrape: among ever so many runs that have ended.
 create index runs_that_are_queued on etl.runs (pipeline_id, run_id) where status = 'queued';
 

@@ -31,7 +31,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set sha256 73ad87489f22b66fb3f3aab6f848e0565c9d2a06459a3d80173c0a82e3f97835
 \ir install/migration.sql
 \set migration 0004_monitoring
-\set sha256 b7fdf8367d49afde5d8ebf27551a5f77599912ff1400dd496f301b1d42ad4e27
+\set sha256 6f9064a646b544c2370d773601cd3856e20d7532e82b9320c87ee25d268f625e
 \ir install/migration.sql
 
 -- Engine

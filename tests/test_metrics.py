@@ -247,6 +247,31 @@ def test_chunks_of_a_backfill_have_a_mode_of_their_own_and_make_nothing_fresh(pi
     assert (found["last_success_at"], found["complete_at"]) == (None, None)
 
 
+def test_a_long_backfill_is_counted_as_it_goes_on_and_each_chunk_once(pipeline: Pipeline) -> None:
+    pipeline.sql("create table bronze.t (id bigint); insert into bronze.t select generate_series(1, 250)")
+    body = f"if p_since = 220 then {Gate.WAIT}; elsif p_since = 130 then raise exception 'no'; end if"
+    pipeline.add(
+        "a",
+        body,
+        arguments="p_since bigint, p_until bigint",
+        watermark={"strategy": "id", "source": ["bronze.t.id"], "state_key": "a"},
+    )
+    pipeline.apply()
+    call = "call etl.backfill(procedures => '{a}', from_ => '1', until => '251', chunk => '1')"
+    with pipeline.gate() as gate:
+        session = pipeline.db.connect()
+        running = Background(lambda: session.execute(call))
+        gate.wait_for_arrivals()
+        assert counts(pipeline) == {("a", "backfill", "succeeded"): 129, ("a", "backfill", "failed"): 1}
+        assert pipeline.column("select counted_until from etl.runs") == [130]
+    running.result()
+    assert counts(pipeline) == recount(pipeline) == {
+        ("a", "backfill", "succeeded"): 249,
+        ("a", "backfill", "failed"): 1,
+    }  # fmt: skip
+    assert counts(pipeline, "run") == {("bronze_to_silver", "backfill", "failed"): 1}
+
+
 def test_refreshes_are_counted_by_their_outcome(pipeline: Pipeline) -> None:
     pipeline.conn.execute("create schema mart authorization etl_owner")
     pipeline.sql(

@@ -336,6 +336,7 @@ begin
   end loop;
   if not v_is_worker then return null; end if;
   if is_awaited and v_is_over then perform etl._release(run_id, array[v_ended]); end if;
+  if v_run.kind = 'backfill' and v_ended - v_run.counted_until >= 100 then perform etl._count_chunks(v_run, v_ended); end if;
   if v_run.cancel_requested_at is not null then
     v_is_skipped := etl._cancel_pending(run_id);
     if v_is_skipped is null then

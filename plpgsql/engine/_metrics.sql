@@ -1,6 +1,7 @@
 -- Counters that outlive history. A run that ends is counted in the transaction that gives it its final outcome, whichever way
 -- it ends: a trigger sees to that. Until then what has ended of it is counted when somebody looks, from its own attempts and in
 -- the same snapshot (etl.metrics_outcomes). So the sum is true at any moment, and executing a step costs nothing for it.
+-- A backfill may have a hundred thousand chunks, too many to look at each time: it is counted as it goes on, a hundred at a time.
 
 -- The rows of etl.metrics count by these: changing them takes a migration that begins anew.
 create or replace function etl._bucket_bounds() returns float8[]
@@ -20,13 +21,15 @@ grant execute on function etl._bucket(float8) to etl_reader;
 
 -- What some runs add to the counters: of a run that goes on, that which has ended. Each step gives one duration, to the status
 -- with which it ended; its rows, and since when it is complete, to succeeded; attempts that were tried again, to retrying.
-create or replace function etl._observations(run_ids bigint[])
+create or replace function etl._observations(run_ids bigint[], upto int)
 returns table (family text, subject_id int, mode text, status text, observed bigint, seconds float8, row_count bigint, run_id bigint,
                ended_at timestamptz, success_at timestamptz, complete_at timestamptz)
 language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
 begin
   return query
-  with steps as materialized (select * from etl.step_outcomes o where o.run_id = any (run_ids))
+  with steps as materialized (
+    select o.* from unnest(run_ids) u(run_id) join etl.runs r on r.run_id = u.run_id
+     cross join lateral (select * from etl.step_outcomes s where s.run_id = r.run_id and s.order_index > r.counted_until and s.order_index <= upto) o)
   select 'step', o.procedure_id, o.mode, case when o.duration_ms is null then 'skipped' else o.status end, 1::bigint, (o.duration_ms / 1000)::float8,
          case when o.status = 'succeeded' then o.rows_affected else 0 end, o.run_id, o.ended_at,
          case when o.status = 'succeeded' then o.success_at end, case when o.status = 'succeeded' then o.complete_at end
@@ -47,10 +50,10 @@ begin
     from etl.runs r
    where r.run_id = any (run_ids) and r.ended_at is not null;
 end $$;
-comment on function etl._observations(bigint[]) is 'What some runs add to the counters, one row for each step, refresh and run that has ended.';
-revoke all on function etl._observations(bigint[]) from public;
+comment on function etl._observations(bigint[], int) is 'What some runs add to the counters, up to a step, one row for each step, refresh and run that has ended and was not counted.';
+revoke all on function etl._observations(bigint[], int) from public;
 
-create or replace function etl._outcomes(run_ids bigint[])
+create or replace function etl._outcomes(run_ids bigint[], upto int default 2147483647)
 returns table (family text, subject_id int, mode text, status text, observed_count bigint, seconds_sum float8, rows_sum bigint, buckets bigint[],
                last_observed_at timestamptz, last_run_id bigint, last_seconds float8, last_success_at timestamptz, complete_at timestamptz)
 language sql stable set search_path = pg_catalog, pg_temp set jit = off as $$
@@ -61,25 +64,25 @@ language sql stable set search_path = pg_catalog, pg_temp set jit = off as $$
                count(*) filter (where q.bucket = 9), count(*) filter (where q.bucket = 10), count(*) filter (where q.bucket = 11)],
          max(q.ended_at) filter (where q.observed > 0), (max(q.newest))[1]::bigint, (max(q.newest))[2], max(q.success_at), max(q.complete_at)
     from (select o.*, etl._bucket(o.seconds) as bucket, case when o.observed > 0 then array[o.run_id, o.seconds] end as newest
-            from etl._observations(run_ids) o) q
+            from etl._observations(run_ids, upto) o) q
    group by q.family, q.subject_id, q.mode, q.status
 $$;
-comment on function etl._outcomes(bigint[]) is 'What some runs add to the counters, in the form of etl.metrics.';
-revoke all on function etl._outcomes(bigint[]) from public;
+comment on function etl._outcomes(bigint[], int) is 'What some runs add to the counters, up to a step, in the form of etl.metrics.';
+revoke all on function etl._outcomes(bigint[], int) from public;
 
 create or replace function etl._live_outcomes()
 returns table (family text, subject_id int, mode text, status text, observed_count bigint, seconds_sum float8, rows_sum bigint, buckets bigint[],
                last_observed_at timestamptz, last_run_id bigint, last_seconds float8, last_success_at timestamptz, complete_at timestamptz)
 language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off as $$
-  select o.* from (select array_agg(r.run_id) as run_ids from etl.runs r where r.status = 'running') a cross join lateral etl._outcomes(a.run_ids) o
+  select o.* from (select array_agg(r.run_id) as run_ids from etl.runs r where r.status = 'running' and r.kind = 'run') a cross join lateral etl._outcomes(a.run_ids) o
    where a.run_ids is not null
 $$;
-comment on function etl._live_outcomes() is 'What has ended of the runs that go on, in the form of etl.metrics.';
+comment on function etl._live_outcomes() is 'What has ended of the runs that go on, backfills apart, in the form of etl.metrics.';
 revoke all on function etl._live_outcomes() from public;
 grant execute on function etl._live_outcomes() to etl_reader;
 
 -- The slot is this transaction's alone until it ends. With more transactions at once than there are slots, one waits.
-create or replace function etl._count_runs(run_ids bigint[]) returns void
+create or replace function etl._count_runs(run_ids bigint[], upto int default 2147483647) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp set jit = off as $$
 declare
   v_slot int := 0;
@@ -90,7 +93,7 @@ begin
     last_seconds, last_success_at, complete_at)
   select o.family, o.subject_id, o.mode, o.status, v_slot, o.observed_count, o.seconds_sum, o.rows_sum, o.buckets, o.last_observed_at, o.last_run_id,
          o.last_seconds, o.last_success_at, o.complete_at
-    from etl._outcomes(run_ids) o
+    from etl._outcomes(run_ids, upto) o
   on conflict on constraint metrics_pkey do update
     set observed_count = m.observed_count + excluded.observed_count, seconds_sum = m.seconds_sum + excluded.seconds_sum,
         rows_sum = m.rows_sum + excluded.rows_sum, buckets = array[
@@ -101,8 +104,18 @@ begin
         last_run_id = coalesce(excluded.last_run_id, m.last_run_id), last_seconds = coalesce(excluded.last_seconds, m.last_seconds),
         last_success_at = greatest(m.last_success_at, excluded.last_success_at), complete_at = greatest(m.complete_at, excluded.complete_at);
 end $$;
-comment on function etl._count_runs(bigint[]) is 'Adds runs that have ended to the counters; each must be counted once.';
-revoke all on function etl._count_runs(bigint[]) from public;
+comment on function etl._count_runs(bigint[], int) is 'Adds runs that have ended, or a part of one, to the counters; each must be counted once.';
+revoke all on function etl._count_runs(bigint[], int) from public;
+
+-- Chunks are executed one after the other, so all up to the one that has just ended have ended.
+create or replace function etl._count_chunks(run etl.runs, upto int) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  perform etl._count_runs(array[run.run_id], upto);
+  update etl.runs r set counted_until = upto where r.run_id = run.run_id;
+end $$;
+comment on function etl._count_chunks(etl.runs, int) is 'Adds the chunks of a backfill that goes on to the counters, up to one that has ended.';
+revoke all on function etl._count_chunks(etl.runs, int) from public;
 
 -- A run ends once: from then on it cannot be changed (engine/_protect_history.sql).
 create or replace function etl._count_ended_run() returns trigger

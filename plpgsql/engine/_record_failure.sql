@@ -185,6 +185,7 @@ begin
   v_skipped := etl._skip_scopes(run_id, v_waiting, case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   if v_stops then v_skipped := v_skipped || etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
   perform etl._release(run_id, scope_index || v_skipped);
+  if v_run.kind = 'backfill' then perform etl._count_chunks(v_run, scope_index); end if;
   return null;
 end $$;
 comment on function etl._record_failure(bigint, int, jsonb) is
