@@ -1,8 +1,8 @@
 """Writes the generated parts of the documentation: `make docs`, or python docs/generate.py [--dsn DSN].
 
 sql-reference.md comes whole from the comments in the database and privileges.md from its grants, the
-tables of configuration.md from the JSON Schema of transformations.yaml, rules/*.md and the table of
-lint.md from the rules of `b2s lint`.
+tables of configuration.md from the JSON Schema of transformations.yaml, the table of monitoring.md from what
+the exporter exports, rules/*.md and the table of lint.md from the rules of `b2s lint`.
 Without --dsn a private server is started and removed again.
 """
 
@@ -20,6 +20,7 @@ import psycopg
 from b2s.config import json_schema
 from b2s.lint.report import rule_page, rule_rows
 from b2s.lint.rule import all_rules
+from b2s.metricfamilies import Snapshot, families
 from docs.privileges import privileges
 
 Connection = psycopg.Connection[Any]
@@ -29,6 +30,7 @@ SQL_REFERENCE: Final = HERE / "sql-reference.md"
 PRIVILEGES: Final = HERE / "privileges.md"
 CONFIGURATION: Final = HERE / "configuration.md"
 LINT: Final = HERE / "lint.md"
+MONITORING: Final = HERE / "monitoring.md"
 RULES: Final = HERE / "rules"
 WHOLE_FILE: Final = "File"
 
@@ -55,7 +57,7 @@ select p.proname, case p.prokind when 'p' then 'procedure' else 'function' end,
 _RELATIONS: Final = """
 select c.oid::int8, c.relname, obj_description(c.oid, 'pg_class')
   from pg_class c
- where c.relnamespace = 'etl'::regnamespace and c.relkind::text = %s
+ where c.relnamespace = 'etl'::regnamespace and c.relkind::text = any (%s) and not c.relispartition
  order by c.relname"""
 _COLUMNS: Final = """
 select a.attname, format_type(a.atttypid, a.atttypmod), coalesce(col_description(a.attrelid, a.attnum), '')
@@ -76,9 +78,9 @@ def sql_reference(connection: Connection) -> str:
     for name, kind, arguments, result, comment, roles in connection.execute(_ROUTINES.encode()):
         lines += [f"### etl.{name}", "", "```sql", *_signature(name, kind, arguments, result), "```", ""]
         lines += [comment or "", "", f"May be called by: {roles or 'the owner only'}.", ""]
-    for title, relkind in (("Views", "v"), ("Tables", "r")):
+    for title, relkinds in (("Views", ["v"]), ("Tables", ["r", "p"])):
         lines += [f"## {title}", ""]
-        for oid, name, comment in connection.execute(_RELATIONS.encode(), [relkind]).fetchall():
+        for oid, name, comment in connection.execute(_RELATIONS.encode(), [relkinds]).fetchall():
             columns = connection.execute(_COLUMNS.encode(), [oid]).fetchall()
             lines += [f"### etl.{name}", "", comment or "", ""]
             lines += [*_table(("column", "type", "meaning"), columns), ""]
@@ -137,6 +139,33 @@ def lint(text: str) -> str:
     return re.sub(
         r"<!-- rules -->\n.*?<!-- end -->",
         lambda _: f"<!-- rules -->\n\n{table}\n\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def monitoring(text: str) -> str:
+    """The text of monitoring.md with the table of the metrics made anew."""
+    server = {
+        "version": "",
+        "is_full_refresh_frozen": False,
+        "schedule_count": 0,
+        "horizon": None,
+        "clock_at": None,
+    }
+    rows = [
+        (
+            f"{family.name}_total" if family.type == "counter" else family.name,
+            family.type,
+            ", ".join(getattr(family, "_labelnames", ())),
+            family.documentation,
+        )
+        for family in families(Snapshot(server=[server]), is_openmetrics=False)
+    ]
+    table = "\n".join(_table(("metric", "type", "labels", "meaning"), rows))
+    return re.sub(
+        r"<!-- metrics -->\n.*?<!-- end -->",
+        lambda _: f"<!-- metrics -->\n\n{table}\n\n<!-- end -->",
         text,
         flags=re.DOTALL,
     )
@@ -217,6 +246,7 @@ def main() -> int:
         **_from_database(arguments.dsn),
         CONFIGURATION: configuration(CONFIGURATION.read_text(encoding="utf-8")),
         LINT: lint(LINT.read_text(encoding="utf-8")),
+        MONITORING: monitoring(MONITORING.read_text(encoding="utf-8")),
         **rule_pages(),
     }
     stale = [

@@ -36,6 +36,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0005_clock
 \set sha256 8cee9691b9fb5b1ab2f9e8415277c2a224bb6fa434951d89fcbad2ac24d5c0ac
 \ir install/migration.sql
+\set migration 0006_monitoring
+\set sha256 6f9064a646b544c2370d773601cd3856e20d7532e82b9320c87ee25d268f625e
+\ir install/migration.sql
 
 -- Engine
 \ir engine/_fail.sql
@@ -64,6 +67,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_upgrade_hint.sql
 \ir engine/_claim.sql
 \ir engine/_errors.sql
+\ir engine/_metrics.sql
+\ir engine/_activity.sql
+\ir engine/_logs.sql
 \ir engine/_events.sql
 \ir engine/_count_changes.sql
 \ir engine/_run_checks.sql
@@ -130,9 +136,11 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/apply_config.sql
 \ir api/diagnose.sql
 \ir api/test_procedure.sql
+\ir api/log.sql
 
 -- Views
 \ir views.sql
+\ir metrics.sql
 \ir watermarks.sql
 
 \ir install/finish.sql

@@ -27,34 +27,50 @@ create or replace view etl.procedure_health as
 select p.name as procedure, p.type, l.name as pipeline, last.run_id as last_run_id, last.status as last_status, last.ended_at as last_ended_at,
        last.duration_ms as last_duration_ms, last.rows_affected as last_rows_affected, last.error_code as last_error_code,
        last.error_message as last_error_message, etl._last_success_at(p.procedure_id) as last_success_at,
-       s.last_success_watermark as watermark
+       s.last_success_watermark as watermark, p.freshness_ms, f.complete_at,
+       coalesce(coalesce(f.complete_at, f.last_success_at, '-infinity') < clock_timestamp() - p.freshness_ms * interval '1 ms', false) as is_late
   from etl.procedures p
   join etl.pipelines l using (pipeline_id)
+  left join etl._freshness() f using (procedure_id)
   left join lateral (select * from etl.procedure_runs r where r.procedure_id = p.procedure_id and r.lock_key > 0
                       order by r.run_id desc, r.attempt desc limit 1) last on true
   left join etl.state s on s.state_key = p.state_key
  where p.is_active;
-comment on view etl.procedure_health is 'How each active procedure last ended in a run, when it last succeeded in one, and its watermark. Backfills do not count.';
+comment on view etl.procedure_health is 'How each active procedure last ended in a run, when it last succeeded in one, its watermark, and how fresh it is. Backfills do not count.';
+comment on column etl.procedure_health.freshness_ms is 'Its freshness objective, milliseconds; null: none.';
+comment on column etl.procedure_health.complete_at is 'Up to when all that was committed has been read.';
+comment on column etl.procedure_health.is_late is 'complete_at is longer ago than the freshness objective allows, or it never succeeded.';
 
 create or replace view etl.run_events as
 select r.started_at as at, 'run_started' as event, r.run_id, null::int as order_index, null::text as procedure, r.mode, null::text as tx_scope,
-       null::int as attempt, null::numeric as duration_ms, null::bigint as rows_affected, null::text as error_code, null::text as error_message
+       null::int as attempt, null::numeric as duration_ms, null::bigint as rows_affected, null::text as error_code, null::text as error_message,
+       null::text as level, null::text as message, null::jsonb as data, null::boolean as is_rolled_back, null::bigint as log_id
   from etl.runs r where r.started_at is not null
 union all
-select p.started_at, 'step_started', p.run_id, p.order_index, p.procedure_name, p.mode, p.tx_scope, p.attempt, null, null, null, null
+select p.started_at, 'step_started', p.run_id, p.order_index, p.procedure_name, p.mode, p.tx_scope, p.attempt, null, null, null, null, null, null, null, null, null
   from etl.procedure_runs p where p.started_at is not null
 union all
 select p.ended_at, 'step_' || p.status, p.run_id, p.order_index, p.procedure_name, p.mode, p.tx_scope, p.attempt, p.duration_ms, p.rows_affected,
-       coalesce(p.error_code, p.skip_reason), p.error_message
+       coalesce(p.error_code, p.skip_reason), p.error_message, null, null, null, null, null
   from etl.procedure_runs p where p.ended_at is not null
 union all
 select m.ended_at, 'refresh_' || m.status, m.run_id, null, m.mv_name, null, null, null, m.duration_ms, null, coalesce(m.error_code, m.skip_reason),
-       coalesce(m.error_message, m.warning)
+       coalesce(m.error_message, m.warning), null, null, null, null, null
   from etl.mv_refreshes m where m.ended_at is not null
 union all
-select r.ended_at, 'run_' || r.status, r.run_id, null, null, r.mode, null, null, r.duration_ms, null, r.error_code, r.error_message
-  from etl.runs r where r.ended_at is not null;
-comment on view etl.run_events is 'What happened in each run, event by event, from the run tables. Source of b2s logs.';
+select r.ended_at, 'run_' || r.status, r.run_id, null, null, r.mode, null, null, r.duration_ms, null, r.error_code, r.error_message, null, null, null, null, null
+  from etl.runs r where r.ended_at is not null
+union all
+select g.logged_at, 'log', g.run_id, g.order_index, g.procedure_name, null, null, g.attempt, null, null, null, null, g.level, g.message, g.data,
+       nullif(g.is_rolled_back, false), g.log_id
+  from etl.step_logs g;
+comment on view etl.run_events is
+  'What happened in each run, event by event, from the run tables, and what its routines had to say (event log: etl.log). Source of b2s logs.';
+comment on column etl.run_events.level is 'Of a line that a routine logged: debug, info, warning or error.';
+comment on column etl.run_events.message is 'What it said.';
+comment on column etl.run_events.data is 'What belongs to the message, for programs.';
+comment on column etl.run_events.is_rolled_back is 'True: what the step wrote was rolled back, what it said was kept.';
+comment on column etl.run_events.log_id is 'The number of the line in etl.step_logs.';
 
 create or replace view etl.backfill_progress as
 select r.run_id, l.name as pipeline, array(select n.name from jsonb_array_elements_text(r.request->'procedures') n(name)) as procedures, r.status,

@@ -21,7 +21,7 @@ from tests.servers import Database, NoServer, Server
 
 _SERVER: Final = pytest.StashKey[Server]()
 _PROBLEM: Final = pytest.StashKey[str]()
-_OURS: Final = ("B2S_CRM_ERP", "B2S_TEST_DSN", "B2S_REQUIRE_PG_CRON")
+_OURS: Final = ("B2S_CRM_ERP", "B2S_TEST_DSN", "B2S_REQUIRE_BROWSER", "B2S_REQUIRE_PG_CRON")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

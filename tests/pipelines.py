@@ -50,6 +50,7 @@ _PROCEDURE: Final[Mapping[str, Any]] = {
     "timeout_ms": None,
     "lock_timeout_ms": None,
     "on_failure": "continue",
+    "freshness_ms": None,
     "max_window": None,
     "checks": [],
     "mv_refresh": [],

@@ -49,6 +49,14 @@ class Command:
             assert time.monotonic() < end, f"never said {text!r}: {self.err}"
             time.sleep(0.005)
 
+    def wait_for_output(self, text: str, count: int = 1) -> None:
+        """Wait until stdout has the text so often."""
+        end = time.monotonic() + SECONDS
+        while self.out.count(text) < count:
+            assert self._process.poll() is None, f"ended with {self._process.returncode}: {self.err}"
+            assert time.monotonic() < end, f"never printed {text!r}: {self.out}"
+            time.sleep(0.005)
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 

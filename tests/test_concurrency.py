@@ -308,7 +308,8 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
     "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
     "_definition", "_is_front_end", "_awaits_approval", "_subject", "_requesting_role", "_needs_approval",
-    "_close_helpers",
+    "_bucket_bounds", "_bucket", "_live_outcomes", "_waits", "_usual_ms", "_freshness",
+    "_horizon_now", "_config_drift", "_clock_beat", "_counted_outcomes", "_close_helpers",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock or a connection that is the caller's own."""
 

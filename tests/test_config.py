@@ -159,6 +159,7 @@ def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: P
         "timeout_ms": None,
         "lock_timeout_ms": None,
         "on_failure": "stop",
+        "freshness_ms": None,
         "max_window": "1 day",
         "checks": [],
         "mv_refresh": [],
@@ -221,6 +222,7 @@ def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: P
         "timeout_ms": 1_800_000,
         "lock_timeout_ms": 10_000,
         "on_failure": "continue",
+        "freshness_ms": None,
         "max_window": 1000,
         "checks": [
             {
@@ -296,6 +298,19 @@ def test_a_procedure_beats_its_group_and_its_group_beats_the_defaults(tmp_path: 
         """
     procedures = load(tmp_path, textwrap.dedent(text)).spec()["procedures"]
     assert [item["isolation"] for item in procedures] == ["read committed", "repeatable read", "serializable"]
+
+
+def test_a_freshness_objective_of_the_defaults_can_be_taken_back(tmp_path: Path) -> None:
+    text = """\
+        version: 1
+        defaults: {freshness: 2 hours}
+        procedures:
+          - {name: a, type: fact, freshness: 40 days}
+          - {name: b, type: fact}
+          - {name: c, type: fact, freshness: null}
+        """
+    procedures = load(tmp_path, textwrap.dedent(text)).spec()["procedures"]
+    assert [item["freshness_ms"] for item in procedures] == [40 * 86_400_000, 7_200_000, None]
 
 
 def test_only_the_words_of_yaml_1_2_are_not_text(tmp_path: Path) -> None:
@@ -494,6 +509,11 @@ FIELDS: list[tuple[str, str, str]] = [
         "a duration of nonsense",
         HEAD + "    timeout: 5 minuts\n",
         "5:14 timeout: '5 minuts' is not a duration",
+    ),
+    (
+        "a freshness of nothing",
+        HEAD + "    freshness: 0s\n",
+        "5:16 freshness: '0s' is not between 1ms and 3650 days",
     ),
     ("a duration of zero", HEAD + "    timeout: 0s\n", "5:14 timeout: '0s' is not longer than zero"),
     (

@@ -80,7 +80,8 @@ def test_every_file_that_is_mounted_is_there_or_part_of_the_monitoring() -> None
 def test_prometheus_scrapes_the_exporter_where_it_listens() -> None:
     config = yaml.safe_load((DOCKER / "monitoring" / "prometheus.yml").read_text(encoding="utf-8"))
     targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
-    port = SERVICES["exporter"]["command"][SERVICES["exporter"]["command"].index("--port") + 1]
+    command = SERVICES["exporter"]["command"]
+    port = command[command.index("--listen") + 1].rpartition(":")[2]
     assert targets["b2s"] == [f"exporter:{port}"]
     mounted = [v.split(":")[1] for v in SERVICES["prometheus"]["volumes"]]
     assert set(config["rule_files"]) <= set(mounted)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import psycopg
 import pytest
+import yaml
 
 from b2s.cli import COMMANDS
 from b2s.config import load_config
@@ -70,6 +71,19 @@ def test_the_sql_reference_is_what_the_database_says(db: Database) -> None:
 def test_the_tables_of_the_configuration_page_are_what_the_schema_says() -> None:
     text = generate.CONFIGURATION.read_text(encoding="utf-8")
     assert text == generate.configuration(text), "out of date: make docs"
+
+
+def test_the_table_of_the_monitoring_page_is_what_the_exporter_exports() -> None:
+    text = generate.MONITORING.read_text(encoding="utf-8")
+    assert text == generate.monitoring(text), "out of date: make docs"
+    assert text.count("| `transformation_") > 15
+
+
+def test_every_alert_is_in_the_monitoring_page() -> None:
+    alerts = yaml.safe_load((PROJECT / "docker" / "monitoring" / "alerts.yaml").read_text(encoding="utf-8"))
+    named = {rule["alert"] for group in alerts["groups"] for rule in group["rules"]}
+    text = generate.MONITORING.read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([A-Z]\w+)` \|", text, flags=re.MULTILINE)) == named
 
 
 def test_every_mapping_of_a_configuration_file_has_a_table() -> None:

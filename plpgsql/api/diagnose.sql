@@ -68,7 +68,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
          'b2s sync-config shows the drift and applies the file'
     from etl.pipelines l
     join lateral (select * from etl.config_versions c where c.pipeline_id = l.pipeline_id order by c.version desc limit 1) v on true
-    cross join lateral (select v.config is distinct from etl._catalog_config(l.name) as is_drifted) d
+    join etl._config_drift() d on d.pipeline = l.name
   union all
   select 'full refresh', 'warn', format('frozen since %s by %s: %s', to_char(f.changed_at, 'YYYY-MM-DD HH24:MI'), f.changed_by, f.reason),
          'an admin lifts it: select etl.freeze_full_refresh(false, reason => ''...'')'

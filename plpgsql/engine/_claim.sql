@@ -336,6 +336,7 @@ begin
   end loop;
   if not v_is_worker then return null; end if;
   if is_awaited and v_is_over then perform etl._release(run_id, array[v_ended]); end if;
+  if v_run.kind = 'backfill' and v_ended - v_run.counted_until >= 100 then perform etl._count_chunks(v_run, v_ended); end if;
   if v_run.cancel_requested_at is not null then
     v_is_skipped := etl._cancel_pending(run_id);
     if v_is_skipped is null then
@@ -350,6 +351,8 @@ begin
   end if;
   if v_scope.scope_index is null or not etl._take_scope(v_run, v_scope) then v_scope := etl._take_next(v_run, v_ended); end if;
   if v_scope.scope_index is null then v_scope := etl._end_or_wait(v_run, v_is_idle); end if;
+  -- Lines from blocks of routines that were rolled back and caught.
+  if v_scope.scope_index is null then perform etl._keep_logs(run_id); end if;
   if v_scope.scope_index is not null then v_is_set := set_config('synchronous_commit', 'off', true) is not null; end if;
   return v_scope;
 end $$;

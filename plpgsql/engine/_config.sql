@@ -39,7 +39,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_strip_nulls(jsonb_build_object('name', p.name, 'type', p.type, 'description', p.description, 'routine', p.routine,
     'default_mode', p.default_mode, 'allow_full_refresh', p.allow_full_refresh, 'allow_fact_dependency', p.allow_fact_dependency,
     'transaction_scope', p.transaction_scope, 'isolation', p.isolation, 'args', p.args, 'timeout_ms', p.timeout_ms,
-    'lock_timeout_ms', p.lock_timeout_ms, 'on_failure', p.on_failure, 'max_window', p.max_window,
+    'lock_timeout_ms', p.lock_timeout_ms, 'on_failure', p.on_failure, 'max_window', p.max_window, 'freshness_ms', p.freshness_ms,
     'retries', jsonb_build_object('attempts', p.max_attempts, 'backoff_ms', p.backoff_ms, 'max_backoff_ms', p.max_backoff_ms),
     'checks', (select coalesce(jsonb_agg(c - 'sql' order by n), '[]') from jsonb_array_elements(p.checks) with ordinality x(c, n)),
     'watermark', case when p.state_key is not null then jsonb_build_object('strategy', p.watermark_strategy,
@@ -74,6 +74,16 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 comment on function etl._catalog_config(text) is 'The configuration that the catalog tables hold, in normal form, or null.';
 revoke all on function etl._catalog_config(text) from public;
+
+create or replace function etl._config_drift() returns table (pipeline text, is_drifted boolean)
+language sql stable security definer set search_path = pg_catalog, pg_temp set jit = off as $$
+  select l.name, v.config is distinct from etl._catalog_config(l.name)
+    from etl.pipelines l
+    join lateral (select c.config from etl.config_versions c where c.pipeline_id = l.pipeline_id order by c.version desc limit 1) v on true
+$$;
+comment on function etl._config_drift() is 'Whether the catalog of each pipeline was changed by other means since it was last configured. A quarter of a millisecond for each procedure.';
+revoke all on function etl._config_drift() from public;
+grant execute on function etl._config_drift() to etl_reader;
 
 -- What turns one configuration into another: + added, ~ changed (with the fields), - removed.
 create or replace function etl._part_changes(kind text, old jsonb, new jsonb) returns setof jsonb

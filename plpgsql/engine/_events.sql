@@ -12,6 +12,9 @@ revoke all on function etl._step_event(text, etl.procedure_runs, jsonb) from pub
 create or replace function etl._event_text(event jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
+  if event->>'event' = 'log' then
+    return case when event ? 'procedure' then format('[%s] %s: ', event->>'order_index', event->>'procedure') else '' end || (event->>'message');
+  end if;
   if event->>'event' = 'step_succeeded' and not event ?| array['warning', 'slice_index'] then
     return format('[%s] %s succeeded %s in %s ms', event->>'order_index', event->>'procedure',
       case event->>'rows_affected' when '1' then '1 row' else (event->>'rows_affected') || ' rows' end, round((event->>'duration_ms')::numeric));
@@ -32,24 +35,32 @@ revoke all on function etl._event_text(jsonb) from public;
 create or replace function etl._announce(event jsonb) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_text text := etl._event_text(event);
+  v_text  text := etl._event_text(event);
+  v_level text := event->>'level';
 begin
   begin
-    if current_setting('b2s.progress', true) = 'json' then
+    if v_level = 'debug' then
+      raise debug using errcode = 'PT200', message = v_text, detail = event::text;
+    elsif current_setting('b2s.progress', true) = 'json' then
       raise notice using errcode = 'PT200', message = v_text, detail = event::text;
-    elsif event->>'event' ~ 'failed|retrying|cancelled' or event ? 'warning' then
+    elsif v_level in ('warning', 'error') or event->>'event' ~ 'failed|retrying|cancelled' or event ? 'warning' then
       raise warning '%', v_text;
     else
       raise notice '%', v_text;
     end if;
   exception when untranslatable_character then
-    -- The client's encoding lacks a character: that must not end the run.
-    raise notice '%', regexp_replace(v_text, '[^ -~]', '?', 'g');
+    -- The client's encoding lacks a character: that must not end the run. The context that is sent along may have one too.
+    begin
+      raise notice '%', regexp_replace(v_text, '[^ -~]', '?', 'g');
+    exception when untranslatable_character then
+      null;
+    end;
   end;
+  if v_level is not null then return true; end if;
   -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
   perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning']
     || case when octet_length(event->>'error_code') > 200 then jsonb_build_object('error_code', left(event->>'error_code', 50)) else '{}' end)::text);
   return true;
 end $$;
-comment on function etl._announce(jsonb) is 'Tells clients and listeners about an event of a run.';
+comment on function etl._announce(jsonb) is 'Tells clients and listeners about an event of a run; of a line that a routine logs (it has a level) the client of this session only.';
 revoke all on function etl._announce(jsonb) from public;

@@ -100,6 +100,7 @@ begin
   end if;
   -- A backfill of the same procedure must not read a row, wait for us to write its newer version, and write the older one over it.
   if step.window_until is not null then perform pg_advisory_xact_lock(6435445, step.procedure_id); end if;
+  perform set_config('b2s.step', concat_ws(' ', step.run_id, step.order_index, step.attempt, step.procedure_name), true);
   v_called := etl._call_routine(step, is_last);
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
@@ -155,6 +156,7 @@ begin
       seen := v_result.seen;
       v_events := v_events || v_result.event;
     end loop;
+    if current_setting('b2s.log_lines', true) <> '' then perform etl._keep_logs(run_id); end if;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
     return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen - 'start')
       || case when v_step.window_until <> v_step.window_goal then '{"goes_on": true}'::jsonb else '{}' end;

@@ -33,7 +33,7 @@ comment on function etl._lock_key(etl.runs) is 'The second key of the advisory l
 revoke all on function etl._lock_key(etl.runs) from public;
 grant execute on function etl._lock_key(etl.runs) to etl_reader;
 
--- Called first thing by what begins to execute: no lock of this session can belong to a run yet.
+-- Called first thing by what begins to execute: no lock, and no log line, of this session can belong to a run yet.
 create or replace function etl._drop_holds() returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -46,8 +46,9 @@ begin
   loop
     while pg_advisory_unlock_shared(6435444, v_key::int8::bit(32)::int) loop null; end loop;
   end loop;
+  perform etl._forget_logs();
 end $$;
-comment on function etl._drop_holds() is 'Lets go of run locks that an earlier, interrupted CALL of this session has left behind.';
+comment on function etl._drop_holds() is 'Lets go of run locks and log lines that an earlier, interrupted CALL of this session has left behind.';
 revoke all on function etl._drop_holds() from public;
 
 create or replace function etl._acquire(pipeline_id int) returns void

@@ -54,6 +54,8 @@ create or replace trigger state_history_is_append_only before update on etl.stat
   for each row execute function etl._refuse_change();
 create or replace trigger state_history_is_not_deleted before delete on etl.state_history
   for each row when (current_user <> 'etl_retention' or 'etl_retention' in (session_user, current_setting('role'))) execute function etl._refuse_change();
+create or replace trigger step_logs_are_append_only before update or delete on etl.step_logs
+  for each row execute function etl._refuse_change();
 create or replace trigger freezes_are_append_only before update or delete on etl.full_refresh_freezes
   for each row execute function etl._refuse_change();
 create or replace trigger approvals_are_append_only before update or delete on etl.approvals
@@ -64,5 +66,6 @@ create or replace trigger attempts_are_not_truncated before truncate on etl.proc
 create or replace trigger refreshes_are_not_truncated before truncate on etl.mv_refreshes execute function etl._refuse_change();
 create or replace trigger config_versions_are_not_truncated before truncate on etl.config_versions execute function etl._refuse_change();
 create or replace trigger state_history_is_not_truncated before truncate on etl.state_history execute function etl._refuse_change();
+create or replace trigger step_logs_are_not_truncated before truncate on etl.step_logs execute function etl._refuse_change();
 create or replace trigger freezes_are_not_truncated before truncate on etl.full_refresh_freezes execute function etl._refuse_change();
 create or replace trigger approvals_are_not_truncated before truncate on etl.approvals execute function etl._refuse_change();

@@ -163,6 +163,7 @@ begin
     end if;
     perform etl._record_step_failure(v_scope, failure,
       case when v_delay is not null or v_is_halved then 'retrying' when failure->>'class' = 'cancelled' then 'cancelled' else 'failed' end);
+    perform etl._keep_logs(run_id);
     if v_is_halved then return 0; end if;
     if v_delay is not null then
       perform etl._prepare_attempt(v_scope, v_delay);
@@ -184,6 +185,7 @@ begin
   v_skipped := etl._skip_scopes(run_id, v_waiting, case when failure->>'class' = 'cancelled' then 'cancelled' else 'upstream_failed' end);
   if v_stops then v_skipped := v_skipped || etl._skip_scopes(run_id, etl._pending_scopes(run_id), 'stopped'); end if;
   perform etl._release(run_id, scope_index || v_skipped);
+  if v_run.kind = 'backfill' then perform etl._count_chunks(v_run, scope_index); end if;
   return null;
 end $$;
 comment on function etl._record_failure(bigint, int, jsonb) is

@@ -66,7 +66,7 @@ declare
 begin
   insert into etl.procedures (pipeline_id, name, type, description, routine, routine_signature, call_sql, rows_column, default_mode,
     allow_full_refresh, allow_fact_dependency, transaction_scope, isolation, args, watermark_strategy, watermark_sources, state_key, delay_ms, on_empty, watermark_time_zone,
-    max_attempts, backoff_ms, max_backoff_ms, timeout_ms, lock_timeout_ms, on_failure, max_window, checks, is_active)
+    max_attempts, backoff_ms, max_backoff_ms, timeout_ms, lock_timeout_ms, on_failure, max_window, checks, freshness_ms, is_active)
   values (_store_procedure.pipeline_id, p->>'name', p->>'type', p->>'description', p->>'routine', v_call.routine_signature, v_call.call_sql,
     v_call.rows_column, p->>'default_mode', (p->>'allow_full_refresh')::boolean, (p->>'allow_fact_dependency')::boolean,
     p->>'transaction_scope', p->>'isolation', p->'args', v_watermark->>'strategy', etl._text_array(v_watermark->'source'), v_watermark->>'state_key',
@@ -75,7 +75,7 @@ begin
     (p#>>'{retries,max_backoff_ms}')::int, (p->>'timeout_ms')::int, (p->>'lock_timeout_ms')::int, p->>'on_failure',
     nullif(p->'max_window', 'null'),
     (select coalesce(jsonb_agg(c || jsonb_build_object('sql', (etl._compile_check(c)).sql) order by n), '[]')
-       from jsonb_array_elements(p->'checks') with ordinality x(c, n)), true)
+       from jsonb_array_elements(p->'checks') with ordinality x(c, n)), (p->>'freshness_ms')::bigint, true)
   on conflict on constraint a_procedure_name_is_unique_in_its_pipeline do update set
     type = excluded.type, description = excluded.description, routine = excluded.routine, routine_signature = excluded.routine_signature,
     call_sql = excluded.call_sql, rows_column = excluded.rows_column, default_mode = excluded.default_mode,
@@ -85,7 +85,8 @@ begin
     delay_ms = excluded.delay_ms, on_empty = excluded.on_empty,
     watermark_time_zone = case when excluded.watermark_time_zone is not null then coalesce(procedures.watermark_time_zone, excluded.watermark_time_zone) end, max_attempts = excluded.max_attempts, backoff_ms = excluded.backoff_ms,
     max_backoff_ms = excluded.max_backoff_ms, timeout_ms = excluded.timeout_ms, lock_timeout_ms = excluded.lock_timeout_ms,
-    on_failure = excluded.on_failure, max_window = excluded.max_window, checks = excluded.checks, is_active = true;
+    on_failure = excluded.on_failure, max_window = excluded.max_window, checks = excluded.checks,
+    freshness_ms = excluded.freshness_ms, is_active = true;
 end $$;
 comment on function etl._store_procedure(int, jsonb) is 'Stores one procedure with its compiled call and checks.';
 revoke all on function etl._store_procedure(int, jsonb) from public;

@@ -33,6 +33,8 @@ begin
   end loop;
 end $$;
 
+do $$ begin perform etl._count_history(); end $$;
+
 -- The door to history: these two may delete what has ended, as a role that can do nothing else and that nobody can be.
 grant usage, create on schema etl to etl_retention;
 grant select, delete on etl.runs, etl.run_scopes, etl.run_workers, etl.procedure_runs, etl.mv_refreshes, etl.state_history to etl_retention;

@@ -420,6 +420,7 @@ def _procedure_spec(config: Config, procedure: Procedure) -> dict[str, Any]:
         "timeout_ms": folded.timeout_ms,
         "lock_timeout_ms": folded.lock_timeout_ms,
         "on_failure": folded.on_failure,
+        "freshness_ms": folded.freshness_ms,
         "max_window": procedure.max_window,
         "checks": [_check_spec(check) for check in procedure.checks],
         "mv_refresh": [target.model_dump() for target in procedure.mv_refresh],

@@ -53,6 +53,13 @@ def _check_limit(value: Any) -> int:
     return milliseconds
 
 
+def _check_freshness(value: Any) -> int:
+    milliseconds = configvalues.parse_duration(value)
+    if not 0 < milliseconds <= configvalues.MAX_FRESHNESS:
+        raise Refused("is not between 1ms and 3650 days", "write null for no objective")
+    return milliseconds
+
+
 def _check_number(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise Refused("is not a finite number")
@@ -109,6 +116,7 @@ Duration = Annotated[
     int, BeforeValidator(_checked(configvalues.bounded_duration)), WithJsonSchema(_DURATION_SCHEMA)
 ]
 Limit = Annotated[int, BeforeValidator(_checked(_check_limit)), WithJsonSchema(_DURATION_SCHEMA)]
+Freshness = Annotated[int, BeforeValidator(_checked(_check_freshness)), WithJsonSchema(_DURATION_SCHEMA)]
 MaxWindow = Annotated[
     Any,
     BeforeValidator(_checked(_check_max_window)),
@@ -410,6 +418,10 @@ class Defaults(Model):
         default="continue",
         description="After a failure: continue with what does not depend on it, or stop the run.",
     )
+    freshness: Freshness | None = Field(
+        default=None,
+        description="Freshness objective: how long at most what is committed may be missing in the target.",
+    )
 
 
 class Group(Model):
@@ -594,6 +606,7 @@ class Settings:
     timeout_ms: int | None
     lock_timeout_ms: int | None
     on_failure: str
+    freshness_ms: int | None
 
 
 def settings(config: Config, procedure: Procedure) -> Settings:
@@ -621,4 +634,5 @@ def settings(config: Config, procedure: Procedure) -> Settings:
         timeout_ms=pick("timeout"),
         lock_timeout_ms=pick("lock_timeout"),
         on_failure=pick("on_failure"),
+        freshness_ms=pick("freshness"),
     )

@@ -10,7 +10,10 @@ from datetime import date, datetime
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
+from b2s.errors import UsageError
+
 MAX_MILLISECONDS: Final = 2**31 - 1
+MAX_FRESHNESS: Final = 3650 * 86_400_000
 MAX_BIGINT: Final = 2**63 - 1
 MAX_NAME_LENGTH: Final = 63
 

@@ -46,11 +46,19 @@ def connect(dsn: str) -> Iterator[Connection]:
     An empty dsn leaves everything to libpq: PG* variables, service file, password file.
     Raises UsageError for a malformed dsn; every database error inside the block becomes a DatabaseError.
     """
+    try:
+        with opened(dsn) as connection:
+            yield connection
+    except psycopg.Error as error:
+        raise DatabaseError.of(error) from error
+
+
+def opened(dsn: str) -> Connection:
+    """The same session without an end, for who keeps it. Raises UsageError or DatabaseError."""
     parameters = parameters_of(dsn)
     parameters.setdefault("application_name", "b2s")
     parameters.setdefault("connect_timeout", "10")
     try:
-        with psycopg.connect(conninfo.make_conninfo("", **parameters), autocommit=True) as connection:
-            yield connection
+        return psycopg.connect(conninfo.make_conninfo("", **parameters), autocommit=True)
     except psycopg.Error as error:
         raise DatabaseError.of(error) from error

@@ -23,8 +23,10 @@ _FRAME: Final = 0.12
 _FRAMES: Final = "|/-\\"
 _FIELDS: Final = (
     "run_id", "order_index", "procedure", "mv_name", "mode", "tx_scope", "attempt", "duration_ms",
-    "rows_affected", "error_code", "error_message", "warning",
+    "rows_affected", "error_code", "error_message", "warning", "message", "data", "is_rolled_back",
 )  # fmt: skip
+LEVELS: Final = ("debug", "info", "warning", "error")
+"""The levels of log lines, from what hardly matters to what does most."""
 _LEVELS: Final = (
     ("failed", "error"),
     ("cancelled", "warning"),
@@ -81,6 +83,9 @@ class PlainDisplay:
         kind = str(event["event"])
         self._told_at = time.monotonic()
         self._attention = _STILL_RUNNING
+        if kind == "log":
+            self._print(event_line(event, self._style))
+            return
         if kind == "step_started":
             self._running[event["order_index"]] = (event["procedure"], self._told_at)
             return
@@ -238,21 +243,29 @@ def logger(log_format: str, stream: TextIO, *, has_own_time: bool = False) -> An
     )
 
 
+def level_of(event: Event) -> str:
+    """How much an event matters: one of LEVELS."""
+    kind = str(event["event"])
+    if kind == "log":
+        return str(event["level"])
+    ended = next((level for word, level in _LEVELS if kind.endswith(word)), None)
+    return ended or ("warning" if event.get("warning") else "info")
+
+
 def log_event(log: Any, event: Event, **more: Any) -> None:
     """One event as a log line; fields that an event does not have are left out."""
-    kind = str(event["event"])
-    level = next(
-        (level for word, level in _LEVELS if kind.endswith(word)),
-        "warning" if event.get("warning") else "info",
-    )
     fields = {name: event[name] for name in _FIELDS if event.get(name) is not None}
-    getattr(log, level)(kind, **more, **fields)
+    getattr(log, level_of(event))(event["event"], **more, **fields)
 
 
 def event_line(event: Event, style: Style) -> str:
-    """An event of a step or a refresh as one line for people."""
+    """An event of a step or a refresh, or what a routine logged, as one line for people."""
     status = str(event["event"]).partition("_")[2]
     index = f"[{event['order_index']}] " if event.get("order_index") is not None else ""
+    if event["event"] == "log":
+        colour = {"debug": "dim", "warning": "yellow", "error": "red"}.get(event["level"], "")
+        whose = f"{visible(event['procedure'])}: " if event.get("procedure") else ""
+        return f"{style.paint(index, 'dim')}{whose}{style.paint(visible(event['message']), colour)}"
     subject = visible(str(event.get("procedure") or event.get("mv_name")))
     verb = "refresh " if event.get("mv_name") else ""
     parts = [f"{style.paint(index, 'dim')}{subject} {verb}{style.status(status)}"]

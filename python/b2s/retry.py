@@ -8,7 +8,15 @@ from typing import Any, Final
 
 import psycopg
 
+from b2s.errors import DatabaseError
+
 _PROGRESS: Final = "PT200"
+_BEYOND_PATIENCE: Final = ("28", "3D", "3F", "42")
+
+
+def is_beyond_patience(error: DatabaseError) -> bool:
+    """Whether somebody has to do something: who may, which database, what is installed."""
+    return (error.sqlstate or "")[:2] in _BEYOND_PATIENCE
 
 
 def backoff(first: float = 0.25, most: float = 30.0) -> Iterator[float]:

@@ -143,7 +143,7 @@ class Runner:
 
     def _meet(self, event: Mapping[str, Any]) -> None:
         """The first event tells which run it is; who helps with it is called when it lasts."""
-        if self._run_id is None:
+        if self._run_id is None and "run_id" in event:
             self._run_id = event["run_id"]
             self._crew = Crew(self._dsn, event["run_id"], self._workers, self._on_notice, self._remark)
             self._crew.start()

@@ -268,12 +268,13 @@ def _milliseconds(since: str, until: str) -> float:
 def _blockers(step: Document) -> Iterator[str]:
     what = "deadlock with" if step["sqlstate"] == "40P01" else "may have waited for"
     for one in step.get("blocked_by") or []:
-        yield f"  {what}: {_blocker(one)}"
+        yield f"  {what}: {blocker_text(one)}"
         if one.get("query"):
             yield f"    {visible(one['query'])}"
 
 
-def _blocker(one: Document) -> str:
+def blocker_text(one: Document) -> str:
+    """A session that is, or was, in the way of a step."""
     who = ", ".join(visible(str(one[key])) for key in ("user", "application") if one.get(key))
     since = f", in a transaction since {moment(one['since'])}" if one.get("since") else ""
     return f"backend {one['pid']}{f' ({who})' if who else ''}{since}"
@@ -418,7 +419,7 @@ def _when(run: Document, again: Sequence[Document]) -> str:
     if not failed:
         return "does what is left"
     if blocker is not None and all(one["error_class"] == "transient" for one in failed):
-        return f"once {_blocker(blocker)} has ended"
+        return f"once {blocker_text(blocker)} has ended"
     if all(one["error_class"] == "transient" for one in failed):
         return "tries again; nothing is wrong with the data"
     if all(one["error_class"] == "timeout" for one in failed):

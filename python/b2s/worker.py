@@ -24,15 +24,13 @@ from b2s.db import Connection, connect, parameters_of
 from b2s.errors import B2SError, DatabaseError, UsageError
 from b2s.failure import failure_of
 from b2s.progress import log_event
-from b2s.retry import backoff, event_in
+from b2s.retry import backoff, event_in, is_beyond_patience
 
 _WATCHED_EVERY: Final = 1.0
 _REAPED_EVERY: Final = 10.0
 _PURGE_LOOKED_EVERY: Final = 600.0
 _LOOKED_EVERY: Final = 0.2
 _KEEPALIVES: Final = {"keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3"}
-_BEYOND_PATIENCE: Final = ("28", "3D", "3F", "42")
-"""Classes of errors for which somebody has to do something: who may, which database, what is installed."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _READY: Final = """
 select q.run_id
@@ -159,7 +157,7 @@ class Team:
                 if self.is_clock:
                     self._fire(connection)
         except DatabaseError as error:
-            if self.is_once or (error.sqlstate or "")[:2] in _BEYOND_PATIENCE:
+            if self.is_once or is_beyond_patience(error):
                 raise
             return
         if row and row[0]:

@@ -23,8 +23,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Prints a run: the request, the steps, each failure in full, what to type next."""
     from b2s import backfillview, postmortem
+    from b2s.activity import ACTIVE, step_lines
     from b2s.db import connect
-    from b2s.output import print_json, print_lines, style
+    from b2s.output import documents, print_json, print_lines, style
     from b2s.runview import (
         SUCCESSES,
         failure_lines,
@@ -37,6 +38,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
     with connect(arguments.dsn) as connection:
         run = get_run(connection, run_id_of(connection, arguments.run))
+        if run["status"] == "running":
+            run["active_steps"] = documents(connection, ACTIVE, {"run_id": run["run_id"]})
         look = style()
         is_backfill = run["kind"] == "backfill"
         if not is_backfill:
@@ -50,6 +53,7 @@ def execute(arguments: argparse.Namespace) -> int:
         print_json(run)
         return 0
     print_lines(header_lines(run, look))
+    print_lines(step_lines(run.get("active_steps", ()), look))
     if is_backfill:
         print_lines(["", *procedures, *backfillview.chunk_failures(run, look, is_full=True)])
         print_lines(["", backfillview.summary(run, look)])

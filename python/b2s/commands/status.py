@@ -7,14 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from b2s.db import Connection
     from b2s.render import Style
 
 _LAST_RUNS: Final = """
 select distinct on (h.pipeline) h.*,
-       (select jsonb_agg(jsonb_build_object('order_index', s.order_index, 'procedure', s.procedure,
-                                            'attempt', s.attempt, 'duration_ms', s.duration_ms)
-                         order by s.order_index)
-          from etl.step_history s where s.run_id = h.run_id and s.status = 'running') as running_steps,
        (select count(distinct s.order_index) from etl.step_history s
          where s.run_id = h.run_id and s.status not in ('pending', 'running', 'retrying')) as ended_steps,
        (select count(distinct l.pid) from pg_catalog.pg_locks l join etl.runs r on r.run_id = h.run_id
@@ -30,55 +27,95 @@ select h.pipeline, h.run_id, h.requested_by, h.submitted_at from etl.run_history
  where h.status = 'queued' order by h.pipeline, h.run_id"""
 _BACKFILLS: Final = """
 select * from etl.backfill_progress b where b.status = 'running' order by b.pipeline, b.run_id"""
-_HEALTH: Final = "select * from etl.procedure_health h order by h.pipeline, h.type, h.procedure"
+_HEALTH: Final = """
+select h.*,
+       case when h.is_late
+            then extract(epoch from clock_timestamp() - coalesce(h.complete_at, h.last_success_at)) * 1000
+                 - h.freshness_ms end as late_ms
+  from etl.procedure_health h order by h.pipeline, h.type, h.procedure"""
+_HORIZON: Final = (
+    "select s.horizon, s.held_back_by from etl.metrics_server s where s.held_back_by is not null"
+)
 _FREEZE: Final = "select * from etl.full_refresh_freezes f order by f.freeze_id desc limit 1"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """b2s status has no options of its own."""
+    """The options of b2s status."""
+    parser.add_argument(
+        "-w",
+        "--watch",
+        nargs="?",
+        const="2s",
+        metavar="TIME",
+        help="show it again every so often (2s), until Ctrl-C",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Prints the last run of each pipeline, what an active one is at, each procedure's health, the freeze."""
-    from b2s.backfillview import status_lines
     from b2s.db import connect
-    from b2s.output import documents, print_json, print_lines, style
+    from b2s.output import print_json, print_lines, style
 
+    if arguments.watch:
+        from b2s.watch import watch
+
+        return watch(arguments.dsn, arguments.watch, _read, _lines, is_json=arguments.json)
     with connect(arguments.dsn) as connection:
-        runs = documents(connection, _LAST_RUNS)
-        queued = documents(connection, _QUEUED)
-        backfills = documents(connection, _BACKFILLS)
-        health = documents(connection, _HEALTH)
-        freezes = documents(connection, _FREEZE)
-    freeze = freezes[0] if freezes else None
+        found = _read(connection)
     if arguments.json:
-        print_json(
-            {
-                "runs": runs,
-                "queued": queued,
-                "backfills": backfills,
-                "procedures": health,
-                "full_refresh_freeze": freeze,
-            }
-        )
-        return 0
-    look = style()
-    if not health:
-        print("no pipeline is configured: b2s sync-config")
-    if health and not runs and not queued:
-        print("nothing has run yet: b2s run")
-    print_lines(line for run in runs for line in _run_lines(run, look))
-    print_lines(_queue_lines(queued))
-    print_lines(status_lines(backfills, look))
-    if freeze and freeze["is_frozen"]:
-        print(
-            look.paint(f"full refreshes are frozen by {freeze['changed_by']}: {freeze['reason']}", "yellow")
-        )
-    print_lines(_health_lines(health, look))
+        print_json(found)
+    else:
+        print_lines(_lines(found, style()))
     return 0
 
 
+def _read(connection: Connection) -> dict[str, Any]:
+    """Everything that is shown, for programs."""
+    from b2s.activity import ACTIVE
+    from b2s.output import documents
+
+    runs = documents(connection, _LAST_RUNS)
+    for run in runs:
+        is_active = run["status"] == "running"
+        run["running_steps"] = documents(connection, ACTIVE, {"run_id": run["run_id"]}) if is_active else None
+    freezes = documents(connection, _FREEZE)
+    horizons = documents(connection, _HORIZON)
+    return {
+        "runs": runs,
+        "queued": documents(connection, _QUEUED),
+        "backfills": documents(connection, _BACKFILLS),
+        "procedures": documents(connection, _HEALTH),
+        "full_refresh_freeze": freezes[0] if freezes else None,
+        "held_back": horizons[0] if horizons else None,
+    }
+
+
+def _lines(found: Mapping[str, Any], look: Style) -> Iterator[str]:
+    """The same for people."""
+    from b2s.backfillview import status_lines
+    from b2s.render import visible
+
+    runs, queued, health, freeze = (
+        found[key] for key in ("runs", "queued", "procedures", "full_refresh_freeze")
+    )
+    if not health:
+        yield "no pipeline is configured: b2s sync-config"
+    if health and not runs and not queued:
+        yield "nothing has run yet: b2s run"
+    for run in runs:
+        yield from _run_lines(run, look)
+    yield from _queue_lines(queued)
+    yield from status_lines(found["backfills"], look)
+    if freeze and freeze["is_frozen"]:
+        yield look.paint(f"full refreshes are frozen by {freeze['changed_by']}: {freeze['reason']}", "yellow")
+    if found["held_back"] and any(one["watermark"] for one in health):
+        held = visible(found["held_back"]["held_back_by"])
+        yield look.paint(f"windows of timestamps and ids are held back by {held}", "yellow")
+    yield from _health_lines(health, look)
+
+
 def _run_lines(run: Mapping[str, Any], style: Style) -> Iterator[str]:
+    from b2s.activity import step_lines
     from b2s.render import duration, moment, plural, visible
 
     head = f"pipeline {run['pipeline']}: run {run['run_id']} {style.status(run['status'])}"
@@ -95,8 +132,7 @@ def _run_lines(run: Mapping[str, Any], style: Style) -> Iterator[str]:
     since = f"for {duration(run['duration_ms'])}, {run['ended_steps']} of {run['step_count']} steps ended"
     sessions = plural(run["workers"], "session")
     yield f"{head} {since}, {sessions} at work, requested by {run['requested_by']}"
-    for step in run["running_steps"] or []:
-        yield f"  at [{step['order_index']}] {step['procedure']} for {duration(step['duration_ms'])}"
+    yield from step_lines(run["running_steps"] or [], style)
     if run["cancel_requested_at"]:
         yield f"  it is being cancelled, asked by {run['cancel_requested_by']}"
 
@@ -113,6 +149,7 @@ def _queue_lines(queued: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _health_lines(health: Sequence[Mapping[str, Any]], style: Style) -> list[str]:
+    from b2s.activity import late_text
     from b2s.render import Column, duration, moment, table
     from b2s.runview import bound
 
@@ -127,6 +164,7 @@ def _health_lines(health: Sequence[Mapping[str, Any]], style: Style) -> list[str
         Column("took", is_number=True),
         Column("last success"),
         Column("complete up to", may_wrap=True),
+        Column("late", may_wrap=True),
         Column("error", may_wrap=True),
     )
     rows = [
@@ -140,6 +178,7 @@ def _health_lines(health: Sequence[Mapping[str, Any]], style: Style) -> list[str
             duration(one["last_duration_ms"]),
             moment(one["last_success_at"]),
             bound(one["watermark"]),
+            late_text(one),
             one["last_error_message"],
         )
         for one in health
