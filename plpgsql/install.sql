@@ -27,6 +27,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
+\set migration 0003_lineage
+\set sha256 cac2d3e30f84103a681401aac5154a146900ba408c4a99cdc8152308646bc6c6
+\ir install/migration.sql
 
 -- Engine
 \ir engine/_fail.sql
@@ -44,6 +47,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_plan.sql
 \ir engine/_request.sql
 \ir engine/_render_call.sql
+\ir engine/_observe.sql
 \ir engine/_create_run.sql
 \ir engine/_backfill.sql
 \ir engine/_begin_backfill.sql
@@ -74,6 +78,8 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_contract_copy.sql
 \ir engine/_contract_checks.sql
 \ir engine/_contract_findings.sql
+\ir engine/_lineage.sql
+\ir engine/_lineage_findings.sql
 
 -- Verbs
 \ir api/arrived.sql
@@ -96,12 +102,15 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/tick_watermarks.sql
 \ir api/plan_config.sql
 \ir api/apply_config.sql
+\ir api/store_lineage.sql
+\ir api/move_lineage_cursor.sql
 \ir api/diagnose.sql
 \ir api/test_procedure.sql
 
 -- Views
 \ir views.sql
 \ir watermarks.sql
+\ir lineage.sql
 
 \ir install/finish.sql
 commit;

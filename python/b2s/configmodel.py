@@ -514,6 +514,11 @@ class Config(Model):
     schedules: Annotated[tuple[Schedule, ...], Field(strict=False)] = Field(
         default=(), description="Runs that start by the clock."
     )
+    observe_lineage: Literal["daily", "always", "never"] = Field(
+        default="daily",
+        description="When b2s looks at what a step locks: once a day and after each change of its routine, "
+        "at every step, or never.",
+    )
     lint: Lint = Field(default=Lint(), description="How `b2s lint` judges the SQL; no run depends on it.")
 
 
