@@ -235,7 +235,7 @@ revoke all on function etl._diagnose_horizons(interval) from public;
 -- Two writers may be meant, a log that all append to: no more than a hint.
 create or replace function etl._diagnose_lineage() returns table (check_name text, status text, detail text, remedy text)
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select 'lineage', case f.severity when 'error' then 'warn' else 'hint' end, f.detail, f.remedy
+  select distinct 'lineage', case f.severity when 'error' then 'warn' else 'hint' end, f.detail, f.remedy
     from etl._lineage_findings() f where f.severity in ('error', 'warning')
 $$;
 comment on function etl._diagnose_lineage() is 'Findings about reads and writes that are not as declared.';

@@ -57,7 +57,7 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   union all
   select e.pipeline, 'two_writers', 'warning', min(e.name), w.relation, format('%s is written by %s', w.relation, array_to_string(w.names, ', ')),
          'one procedure per table', w.sources
-    from writer w join edge e on e.relation = w.relation and e.access = 'write' and e.name = w.names[1]
+    from writer w join edge e on e.relation = w.relation and e.access = 'write'
    where cardinality(w.ids) > 1 group by e.pipeline, w.relation, w.names, w.sources
   union all
   select u.pipeline, 'unused_dependency', 'info', u.name, null, format('%s depends on %s and uses nothing that it writes', u.name, u.needed),
