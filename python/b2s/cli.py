@@ -23,6 +23,8 @@ COMMANDS: Final = {
     "migrate": "install b2s into a database, or upgrade it",
     "sync-config": "apply transformations.yaml to the database",
     "lint": "find in the SQL what will hurt, before anything runs",
+    "lineage": "what procedures read and write: list, check, send to an OpenLineage endpoint",
+    "graph": "draw what depends on what",
     "plan": "show what a run would do",
     "test": "prove that routines keep their contract, on a scratch copy",
     "run": "run procedures, with live progress",

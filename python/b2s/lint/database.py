@@ -48,6 +48,12 @@ class Live:
     version: int
 
 
+def read_sources(connection: Connection) -> dict[int, Source]:
+    """The text of each routine that is neither the system's, an extension's nor b2s's own, by oid."""
+    rows = connection.execute(_ROUTINES.encode(), {"names": None}).fetchall()
+    return {oid: Source(signature, text, is_database=True) for oid, signature, text, _ in rows}
+
+
 def read_database(connection: Connection, config: Config | None) -> Live:
     """Reads the configured routines, and checks them under the search_path that their runs have.
 
