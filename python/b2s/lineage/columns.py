@@ -148,7 +148,7 @@ class ColumnReader:
     def _scope(self, items: Iterable[Any], ctes: Ctes, outer: tuple[Scope, ...]) -> Scope:
         scope: Scope = {}
         for item in items:
-            scope.update(self._relations(item, ctes, (scope, *outer)))
+            _put(scope, self._relations(item, ctes, (scope, *outer)))
         return scope
 
     def _relations(self, item: Any, ctes: Ctes, scopes: tuple[Scope, ...]) -> Iterator[tuple[str, Relation]]:
@@ -161,8 +161,9 @@ class ColumnReader:
             output = _renamed(self._query(item.subquery, ctes, scopes), names)
             yield alias or "", Relation(None, dict(output) if output is not None else {})
         elif name == "JoinExpr":
-            sides = dict(self._relations(item.larg, ctes, scopes))
-            sides.update(self._relations(item.rarg, ctes, ({**scopes[0], **sides}, *scopes[1:])))
+            sides: Scope = {}
+            _put(sides, self._relations(item.larg, ctes, scopes))
+            _put(sides, self._relations(item.rarg, ctes, ({**scopes[0], **sides}, *scopes[1:])))
             if item.quals is not None:
                 self._sources(item.quals, ctes, ({**scopes[0], **sides}, *scopes[1:]))
             yield from sides.items()
@@ -281,6 +282,12 @@ class ColumnReader:
         for target in targets:
             sources = self._sources(target.val, ctes, scopes) if target.val is not None else _NOTHING
             self._note(table, [(target.name, sources)])
+
+
+def _put(scope: Scope, relations: Iterable[tuple[str, Relation]]) -> None:
+    """Adds relations; tables of one name and several schemas are all there, and their columns told apart."""
+    for name, relation in list(relations):
+        scope[name if name not in scope else f"{name} {len(scope)}"] = relation
 
 
 def _renamed(output: Output | None, names: list[str]) -> Output | None:
