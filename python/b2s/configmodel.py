@@ -87,6 +87,9 @@ Identifier = Annotated[str, _named(configvalues.IDENTIFIER, "name"), _matching(c
 Qualified = Annotated[
     str, _named(configvalues.QUALIFIED, "name or schema.name"), _matching(configvalues.QUALIFIED)
 ]
+Relation = Annotated[
+    str, _named(configvalues.RELATION, "name or schema.name"), _matching(configvalues.RELATION)
+]
 Source = Annotated[
     str,
     AfterValidator(_checked(configvalues.check_source)),
@@ -349,7 +352,7 @@ Check = Annotated[CheckKind, Field(discriminator="type")]
 class MvRefresh(Model):
     """A materialized view that is refreshed because of a procedure."""
 
-    name: Qualified = Field(description="The materialized view.")
+    name: Relation = Field(description="The materialized view, with double quotes where its name needs them.")
     after: Literal["procedure", "group", "run"] = Field(default="run", description="When it is refreshed.")
     on: Literal["success", "always"] = Field(
         default="success", description="Whether a failure holds it back."
@@ -415,7 +418,8 @@ class Procedure(Defaults):
     name: Qualified = Field(description="The procedure's name, usually that of the table it fills.")
     routine: RoutineName | None = Field(
         default=None,
-        description="The function or procedure called; default: the name. A list of types picks an overload.",
+        description="The function or procedure called, with double quotes where its name needs them; "
+        "default: the name. A list of types picks an overload.",
     )
     type: Literal["dimension", "fact"] = Field(
         description="Facts start after every selected dimension has ended."

@@ -75,6 +75,12 @@ class Analysis:
             self._add(one, found)
         return found
 
+    def own(self, step: Step) -> Static:
+        """What a routine itself reads and writes."""
+        found = Static()
+        self._add(step, found)
+        return found
+
     def with_callees(self, step: Step) -> list[Step]:
         """A routine and those that it calls, directly or not."""
         found, waiting = [step], [step]
