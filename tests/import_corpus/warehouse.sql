@@ -301,12 +301,15 @@ create materialized view mart."MV Customers" as select name, count(*) as orders 
 -- Today's pipeline.
 
 create procedure silver.load_everything() language plpgsql as $$
+declare
+  v_inserted bigint;
+  v_rejected bigint;
 begin
   call silver.load_regions();
   call silver.load_customers();
   call silver.load_families();
   perform silver.load_products();
-  call silver.load_orders(null, null);
+  call silver.load_orders(v_inserted, v_rejected);
   call silver.load_returns();
   perform silver.load_fx();
   call silver.load_customer_value();

@@ -137,7 +137,7 @@ def _summarise(
 
     remark(f"{plural(routines, 'routine')} read, {plural(len(inferred.entries), 'procedure')} configured in {output}")
     if blocked:
-        remark(f"{plural(blocked, 'routine')} must be changed before b2s can run it, or them")
+        remark(f"{plural(blocked, 'routine')} to be changed before b2s can run {'it' if blocked == 1 else 'them'}")
     for name, members in inferred.groups.items():
         remark(f"{', '.join(members)} read each other: group {name}")
     for name in splits:

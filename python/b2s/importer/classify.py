@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -20,6 +21,7 @@ Role = Literal[
 
 _TRIGGERS: Final = ("trigger", "event_trigger")
 _MODE: Final = ("text", "varchar")
+_LOG_WORDS: Final = re.compile(r"(^|[._])(log|logs|audit|journal|trace)([._]|$)")
 _STAGE_WORDS: Final = frozenset({"stg", "stage", "staging", "tmp", "temp", "work", "wrk"})
 
 
@@ -62,19 +64,25 @@ def classify(inventory: Inventory) -> list[Judged]:
 
 
 def log_tables(inventory: Inventory) -> set[str]:
-    """Tables that routines only append single rows to: what they did, not what they are for."""
-    appended: set[str] = set()
+    """Tables that routines only append single rows to, and that several write or that are called so: what
+    routines did, not what they are for.
+    """
+    writers: dict[str, set[str]] = {}
     more: set[str] = set()
     for one in inventory.routines:
         for access in one.step.writes:
             table = _full_name(one, access)
+            writers.setdefault(table, set()).add(one.signature)
             is_entry = access.verb == "insert" and not inserted_from_tables(access.owner)
-            is_end = access.verb == "update" and not any(
-                kind.kind in ("RangeVar", "SubLink") and kind.node is not access.node
-                for kind in access.expr.visits
-            )
-            (appended if is_entry or (is_end and "log" in table) else more).add(table)
-    return appended - more
+            # The row of a run that is closed when it has ended.
+            is_end = access.verb == "update" and _LOG_WORDS.search(table) is not None
+            if not is_entry and not is_end:
+                more.add(table)
+    return {
+        table
+        for table, names in writers.items()
+        if table not in more and (len(names) > 1 or _LOG_WORDS.search(table))
+    }
 
 
 def _full_name(found: Found, access: Access) -> str:

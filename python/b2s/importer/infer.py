@@ -13,6 +13,7 @@ from b2s.importer.inventory import Found, Inventory
 from b2s.importer.windows import Window
 from b2s.lineage.names import parts_of
 
+UNKNOWN_TYPE: Final = "nothing says that it is a fact"
 _NAME: Final = re.compile(r"[a-z_][a-z0-9_]*")
 _DIMENSION: Final = re.compile(r"(^|_)(dim|d|dimension|ref|lookup|lkp)(_|$)")
 _FACT: Final = re.compile(r"(^|_)(fact|fct|f|facts)(_|$)")
@@ -115,7 +116,7 @@ def type_of(targets: list[str], inventory: Inventory) -> tuple[Literal["dimensio
     referred = sorted(inventory.references.get(target, set()) - {target})
     if referred:
         return "fact", f"its table has a foreign key to {referred[0]}"
-    return "dimension", "nothing says that it is a fact"
+    return "dimension", UNKNOWN_TYPE
 
 
 # -- dependencies --
@@ -241,7 +242,7 @@ def _settle_types(entries: list[Entry]) -> None:
     """No dimension waits for a fact: it becomes one. What reads others' tables and is read by nobody is one."""
     needed = {name for entry in entries for name in entry.dependencies}
     for entry in entries:
-        if entry.type_reason == "nothing says that it is a fact" and entry.dependencies and entry.name not in needed:
+        if entry.type_reason == UNKNOWN_TYPE and entry.dependencies and entry.name not in needed:
             entry.type, entry.type_reason = "fact", "it is made of other procedures' tables, and none is made of it"
     by_name = {entry.name: entry for entry in entries}
     is_changing = True

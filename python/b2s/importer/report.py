@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 from b2s.importer.classify import Judged
-from b2s.importer.infer import Entry, Inferred, type_of
+from b2s.importer.infer import UNKNOWN_TYPE, Entry, Inferred, type_of
 from b2s.importer.inventory import Inventory
 from b2s.importer.split import Piece
 from b2s.lineage.names import parts_of
 from b2s.lint.engine import Report
 from b2s.lint.parser import quoted
 from b2s.lint.rule import all_rules
+from b2s.render import plural
 
 _ROLES = {
     "orchestrator": ("Call the others", "b2s plans the order itself; `b2s run` takes their place."),
@@ -48,7 +49,8 @@ def report(
 
 def _summary(judged: list[Judged], inferred: Inferred) -> Iterator[str]:
     counts = Counter(one.role for one in judged)
-    yield f"{len(judged)} routines: {len(inferred.entries)} configured, {counts['blocked']} to be changed first, {len(judged) - len(inferred.entries) - counts['blocked']} of other kinds."
+    others = len(judged) - len(inferred.entries) - counts["blocked"]
+    yield f"{plural(len(judged), 'routine')}: {len(inferred.entries)} configured, {counts['blocked']} to be changed first, {others} of other kinds."
     yield ""
     yield "| procedure | routine | type | loads | depends on |"
     yield "| --- | --- | --- | --- | --- |"
@@ -126,7 +128,8 @@ def _split(entry: Entry, pieces: list[Piece], inventory: Inventory) -> Iterator[
     yield "```yaml"
     for piece in pieces:
         needs = f", dependencies: [{', '.join(piece.needs)}]" if piece.needs else ""
-        kind, _ = type_of([piece.table], inventory)
+        kind, reason = type_of([piece.table], inventory)
+        kind = "fact" if piece.needs and reason == UNKNOWN_TYPE else kind
         yield f"  - {{name: {piece.table}, routine: {piece.routine}, type: {kind}{needs}}}"
     yield "```"
     yield ""

@@ -10,7 +10,7 @@ from b2s.importer.classify import Judged
 from b2s.importer.inventory import Found
 from b2s.lineage.names import parts_of
 from b2s.lint.access import Access, is_temporary, mentions_of
-from b2s.lint.model import Stmt
+from b2s.lint.model import Stmt, Variable
 from b2s.lint.parser import quoted, tokens_of
 from b2s.lint.sources import Source
 
@@ -58,6 +58,7 @@ def split(one: Judged, taken: Iterable[str]) -> list[Piece]:
         pieces.append(piece)
     for piece in pieces:
         _relate(piece, pieces, cuts)
+        piece.notes += _computed(piece, one.found)
         piece.skeleton = _skeleton(piece, one.found)
     return pieces
 
@@ -119,6 +120,23 @@ def _relate(piece: Piece, pieces: list[Piece], cuts: list[Cut]) -> None:
         piece.notes.append("its statements are in routines that are called: cut those first")
 
 
+def _computed(piece: Piece, found: Found) -> Iterator[str]:
+    """Variables that statements which are not part of the piece give a value."""
+    for variable in _variables(piece, found):
+        given = found.routine.assignments.get(variable.name, [])
+        if len(given) > (variable.default is not None):
+            yield f"variable {variable.name} is computed elsewhere in the routine: compute it here as well"
+
+
+def _variables(piece: Piece, found: Found) -> list[Variable]:
+    used = {name for cut in piece.cuts for name in cut.names}
+    return [
+        one
+        for one in found.routine.variables.values()
+        if one.name in used and not one.is_argument and one.name != "v_rows"
+    ]
+
+
 # -- statements with their text --
 
 
@@ -136,7 +154,7 @@ def _cuts(found: Found) -> Iterator[Cut]:
         reads = {_table(found, one, temporary) for one in mentioned if not one.is_write}
         writes = {_table(found, one, temporary) for one in mentioned if one.is_write}
         for table in sorted(writes) if _is_truncate(mentioned) else [""]:
-            first, last, body = text.of(statement)
+            first, last, body = text.of(statement.offset)
             shown = f"truncate {table};" if table and len(writes) > 1 else body
             mine = frozenset({table}) if table else frozenset(writes)
             yield Cut(first, last, shown, conditions, frozenset(reads), mine, _names(statement))
@@ -191,10 +209,10 @@ class _Text:
         self._begin = self._source.text.find(found.routine.body, found.routine.offset) if found.routine.body else -1
         self._tokens = tokens_of(found.routine.body) if self._begin >= 0 else []
 
-    def of(self, statement: Stmt) -> tuple[int, int, str]:
-        """First line, last line and text; of a body in quotes the line alone."""
-        first = self._source.place(statement.offset)[0]
-        at = statement.offset - self._begin
+    def of(self, offset: int) -> tuple[int, int, str]:
+        """First line, last line and text of the statement at an offset; of a body in quotes the line alone."""
+        first = self._source.place(offset)[0]
+        at = offset - self._begin
         depth, begin = 0, None
         for token in self._tokens:
             if token.end <= at:
@@ -218,9 +236,6 @@ def _skeleton(piece: Piece, found: Found) -> str:
     declared = ", ".join(
         f"{one.name} {one.type}{' default null' if one.has_default else ''}" for one in arguments
     )
-    variables = [
-        one for one in routine.variables.values() if one.name in used and not one.is_argument and one.name != "v_rows"
-    ]
     path = ""
     if routine.search_path is not None:
         path = f" set search_path = {', '.join(map(quoted, routine.search_path)) or _EMPTY}"
@@ -228,7 +243,7 @@ def _skeleton(piece: Piece, found: Found) -> str:
         f"create or replace function {piece.routine}({declared}) returns bigint language plpgsql{path} as $$",
         "declare",
         "  v_rows bigint;",
-        *(f"  {one.name} {one.type};   -- declared in {routine.full_name}" for one in variables),
+        *(f"  {one}" for one in _declarations(piece, found)),
         "begin",
     ]
     for cut in piece.cuts:
@@ -238,6 +253,14 @@ def _skeleton(piece: Piece, found: Found) -> str:
         if piece.table in cut.writes and cut is [one for one in piece.cuts if piece.table in one.writes][-1]:
             lines.append("  get diagnostics v_rows = row_count;")
     return "\n".join([*lines, "  return v_rows;", "end $$;"])
+
+
+def _declarations(piece: Piece, found: Found) -> Iterator[str]:
+    """The variables of the routine that a piece uses, with their defaults."""
+    text = _Text(found)
+    for one in _variables(piece, found):
+        default = f" := {text.of(one.default.offset)[2]}" if one.default is not None else ";"
+        yield f"{one.name} {one.type}{default}   -- of {found.routine.full_name}"
 
 
 def _indented(text: str) -> str:
