@@ -55,7 +55,12 @@ def test_a_tree_shows_what_hangs_on_what_and_nothing_in_full_twice(run: Run) -> 
 
 def test_what_is_shown_a_second_time_is_not_spread_again() -> None:
     graph = Graph({name: Node(name, "procedure") for name in "abcd"})
-    graph.edges = [Edge("a", "b", "depends"), Edge("a", "c", "depends"), Edge("b", "c", "depends"), Edge("c", "d", "depends")]
+    graph.edges = [
+        Edge("a", "b", "depends"),
+        Edge("a", "c", "depends"),
+        Edge("b", "c", "depends"),
+        Edge("c", "d", "depends"),
+    ]
     assert list(tree(graph, Style())) == [
         "a  procedure",
         "├── b  procedure",
@@ -68,7 +73,11 @@ def test_what_is_shown_a_second_time_is_not_spread_again() -> None:
 def test_a_circle_of_reads_and_writes_ends() -> None:
     graph = Graph({name: Node(name, "relation") for name in "ab"})
     graph.edges = [Edge("a", "b", "reads"), Edge("b", "a", "writes")]
-    assert list(tree(graph, Style())) == ["a  relation", "└── b  relation", "    └── a  relation  (see above)"]
+    assert list(tree(graph, Style())) == [
+        "a  relation",
+        "└── b  relation",
+        "    └── a  relation  (see above)",
+    ]
 
 
 def test_mermaid(run: Run) -> None:

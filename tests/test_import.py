@@ -164,7 +164,9 @@ def test_dependencies_types_and_targets(warehouse: Connection, cli: Cli) -> None
         "silver.orders", "silver.customer_value", "silver.segments", "silver.fact_daily_sales", "silver.order_flags",
         "silver.alerts", "stage_area.raw_copy", "mart.load_kpis", "mart.kpis", "mart.top_customers",
     }  # fmt: skip
-    refreshed = {name: [view.name for view in one.mv_refresh] for name, one in found.items() if one.mv_refresh}
+    refreshed = {
+        name: [view.name for view in one.mv_refresh] for name, one in found.items() if one.mv_refresh
+    }
     assert refreshed == {
         "silver.fact_daily_sales": ["mart.mv_sales", "mart.mv_share"],
         "silver.orders": ['mart."MV Customers"'],
@@ -183,10 +185,14 @@ def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, cli: Cl
         ["silver.dim_customers", "silver.regions"],
     ]
     assert all(group.transaction_scope == "per_group" for group in config().groups.values())
-    assert "silver.regions reads silver.dim_customers of silver.dim_customers, which comes after it" in report()
+    assert (
+        "silver.regions reads silver.dim_customers of silver.dim_customers, which comes after it" in report()
+    )
 
 
-def test_windows_are_recognised_by_what_is_compared_with_the_arguments(warehouse: Connection, cli: Cli) -> None:
+def test_windows_are_recognised_by_what_is_compared_with_the_arguments(
+    warehouse: Connection, cli: Cli
+) -> None:
     cli("import", *SCHEMAS)
     watermarks = {
         name: (one.watermark.strategy, one.watermark.source, dict(one.args))
@@ -321,7 +327,9 @@ def test_the_whole_runs_as_it_is_too(monolith: Connection, cli: Cli) -> None:
 def test_a_split_says_which_statements_and_what_needs_what(cli: Cli) -> None:
     cli("import", str(CORPUS / "monolith.sql"))
     text = report()
-    first = MONOLITH[: MONOLITH.index("truncate table silver.erp_cust_az12, silver.erp_loc_a101")].count("\n") + 1
+    first = (
+        MONOLITH[: MONOLITH.index("truncate table silver.erp_cust_az12, silver.erp_loc_a101")].count("\n") + 1
+    )
     assert f"| silver.erp_loc_a101 | {first}, " in text
     assert "| silver.customer_totals |" in text
     row = next(line for line in text.splitlines() if line.startswith("| silver.customer_totals |"))
@@ -371,7 +379,10 @@ def test_an_empty_schema_is_said(db: Database, cli: Cli) -> None:
 
 
 def test_nothing_that_can_run_is_still_a_report(cli: Cli) -> None:
-    Path("x.sql").write_text("create procedure s.load() language plpgsql as $$ begin insert into s.t select 1; commit; end $$", encoding="utf-8")
+    Path("x.sql").write_text(
+        "create procedure s.load() language plpgsql as $$ begin insert into s.t select 1; commit; end $$",
+        encoding="utf-8",
+    )
     cli("import", "x.sql")
     assert "it ends its own transaction" in report()
     assert "procedures: []" in Path("transformations.yaml").read_text(encoding="utf-8")
@@ -397,7 +408,9 @@ def test_yaml_goes_to_stdout_for_a_dash(cli: Cli) -> None:
 
 def test_routines_of_other_languages_are_named(db: Database, cli: Cli) -> None:
     with db.connect() as connection:
-        connection.execute("create schema s; create function s.a() returns int language internal as 'pg_backend_pid'")
+        connection.execute(
+            "create schema s; create function s.a() returns int language internal as 'pg_backend_pid'"
+        )
         connection.execute("create function s.b() returns bigint language sql as $$ select 1::bigint $$")
     cli("import", "--schema", "s")
     assert "`s.a()`: it is written in internal" in report()
@@ -414,5 +427,3 @@ def test_routines_of_other_languages_are_named(db: Database, cli: Cli) -> None:
 )
 def test_circles_of_any_length_are_found(graph: dict[str, list[str]], found: list[list[str]]) -> None:
     assert sorted(_cycles(graph)) == found
-
-

@@ -84,7 +84,10 @@ def test_the_edge_of_a_write_says_how_many_rows_and_every_edge_in_which_run(pipe
         " where name = 'orders' and access = 'write'"
     ).fetchone()
     assert row == (2, first.run_id, second.run_id, True)
-    assert pipeline.value("select written_rows from etl.lineage where name = 'customers' and access = 'write'") == 0
+    assert (
+        pipeline.value("select written_rows from etl.lineage where name = 'customers' and access = 'write'")
+        == 0
+    )
 
 
 @pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
@@ -312,7 +315,9 @@ def test_an_indirect_dependency_is_declared(pipeline: Pipeline) -> None:
 
 
 def test_reading_through_a_view_is_reading(pipeline: Pipeline) -> None:
-    pipeline.sql("create view silver.v as select * from silver.totals; create view silver.w as select * from silver.v")
+    pipeline.sql(
+        "create view silver.v as select * from silver.totals; create view silver.w as select * from silver.v"
+    )
     shop(pipeline)
     pipeline.add("sneaks", "perform from silver.w")
     pipeline.apply()
@@ -406,10 +411,10 @@ def test_what_the_sql_says_replaces_what_it_said(pipeline: Pipeline) -> None:
     assert pipeline.value(store, said(("silver.orders", "read"), ("silver.totals", "write"))) == 2
     first = pipeline.value("select min(first_seen_at) from etl.lineage where relation = 'silver.totals'")
     assert pipeline.value(store, said(("silver.customers", "read"), ("silver.totals", "write"))) == 2
-    assert edges(pipeline, "static") == {
-        "totals": {"silver.customers": {"read"}, "silver.totals": {"write"}}
-    }
-    assert pipeline.value("select min(first_seen_at) from etl.lineage where relation = 'silver.totals'") == first
+    assert edges(pipeline, "static") == {"totals": {"silver.customers": {"read"}, "silver.totals": {"write"}}}
+    assert (
+        pipeline.value("select min(first_seen_at) from etl.lineage where relation = 'silver.totals'") == first
+    )
     assert pipeline.value("select columns from etl.lineage where relation = 'silver.totals'") == ["x"]
 
 

@@ -83,7 +83,9 @@ def test_sync_config_notes_what_the_sql_says(cli: Cli) -> None:
         ("silver.totals", "write", "silver.totals", ["static"]),
     ]
     cli("run")
-    assert {sources for *_, sources in [(*one[:3], tuple(one[3])) for one in edges(cli)]} == {("observed", "static")}
+    assert {sources for *_, sources in [(*one[:3], tuple(one[3])) for one in edges(cli)]} == {
+        ("observed", "static")
+    }
 
 
 def test_without_the_parser_sync_config_works_and_observation_goes_on(
@@ -126,7 +128,10 @@ def test_check_is_clean_once_it_is_declared_or_left_out(cli: Cli) -> None:
     assert cli("lineage", "--check", "--ignore", "undeclared_read=silver.orders").code == 0
     assert cli("lineage", "--check", "--ignore", "undeclared_read=silver.other").code == 1
     Path("transformations.yaml").write_text(
-        CONFIG.replace("silver.load_totals, type: fact", "silver.load_totals, type: fact, dependencies: [silver.orders]"), encoding="utf-8"
+        CONFIG.replace(
+            "silver.load_totals, type: fact", "silver.load_totals, type: fact, dependencies: [silver.orders]"
+        ),
+        encoding="utf-8",
     )
     cli("sync-config")
     assert cli("lineage", "--check").err == "what is declared is what was found\n"

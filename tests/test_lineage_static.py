@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
 
-from b2s.lineage.names import parts_of
 from b2s.lineage.static import Analysis, Static, lookup_in
 from b2s.lint.frontend import read
 from b2s.lint.project import Project
 from b2s.lint.sources import Source
+from b2s.names import parts_of
 
 TABLES: Final = {"silver.known": ["id", "name", "amount"], "bronze.known": ["id", "label"]}
 
@@ -20,8 +20,12 @@ TABLES: Final = {"silver.known": ["id", "name", "amount"], "bronze.known": ["id"
 def static(sql: str, tables: dict[str, list[str]] | None = None, search_path: tuple[str, ...] = ()) -> Static:
     """The lineage of the last routine of a text."""
     project = Project([read(Source("x.sql", sql))])
-    assert [routine.failures for one in project.parsed for routine in one.routines] == [[]] * len(project.steps)
-    return Analysis(lookup_in(project), TABLES if tables is None else tables, search_path).of(project.steps[-1])
+    assert [routine.failures for one in project.parsed for routine in one.routines] == [[]] * len(
+        project.steps
+    )
+    return Analysis(lookup_in(project), TABLES if tables is None else tables, search_path).of(
+        project.steps[-1]
+    )
 
 
 def body(statements: str, more: str = "") -> str:
@@ -123,7 +127,10 @@ def test_a_name_without_schema_is_looked_up_where_the_routine_looks_it_up() -> N
     assert reads("perform id from known", search_path=("elsewhere", "silver")) == {"silver.known": ["id"]}
     found = static(body("perform id from known", more="set search_path = bronze, silver"))
     assert set(found.reads) == {"bronze.known"}
-    assert reads("create temp table known as select 1 as id; perform id from known", search_path=("silver",)) == {}
+    assert (
+        reads("create temp table known as select 1 as id; perform id from known", search_path=("silver",))
+        == {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,14 @@ def facet_of(name: str, given: Json) -> Any:
         made = facet_v2.RunFacet(producer=given["_producer"])
         return made.with_additional_properties(**fields)
     if name == "parent":
-        fields = {"run": facet_v2.parent_run.Run(**fields["run"]), "job": facet_v2.parent_run.Job(**fields["job"])}
+        fields = {
+            "run": facet_v2.parent_run.Run(**fields["run"]),
+            "job": facet_v2.parent_run.Job(**fields["job"]),
+        }
     elif name == "schema":
-        fields = {"fields": [facet_v2.schema_dataset.SchemaDatasetFacetFields(**one) for one in fields["fields"]]}
+        fields = {
+            "fields": [facet_v2.schema_dataset.SchemaDatasetFacetFields(**one) for one in fields["fields"]]
+        }
     elif name == "columnLineage":
         lineage = facet_v2.column_lineage_dataset
         fields = {"fields": {
@@ -81,7 +86,9 @@ def accepted(event: Json) -> Any:
         eventType=event_v2.RunState(event["eventType"]),
         producer=event["producer"],
         run=event_v2.Run(event["run"]["runId"], facets=facets_of(event["run"]["facets"])),
-        job=event_v2.Job(event["job"]["namespace"], event["job"]["name"], facets=facets_of(event["job"]["facets"])),
+        job=event_v2.Job(
+            event["job"]["namespace"], event["job"]["name"], facets=facets_of(event["job"]["facets"])
+        ),
         inputs=[dataset_of(event_v2.InputDataset, one) for one in event["inputs"]],
         outputs=[dataset_of(event_v2.OutputDataset, one) for one in event["outputs"]],
     )
@@ -291,7 +298,11 @@ def test_an_id_has_the_form_of_the_official_static_uuid() -> None:
 
     instant = datetime(2026, 11, 21, 7, 58, 4, 123456, tzinfo=UTC)
     ours, official = UUID(static_uuid(instant, "x")), generate_static_uuid(instant, b"x")
-    assert (ours.version, ours.variant, ours.int >> 80) == (official.version, official.variant, official.int >> 80)
+    assert (ours.version, ours.variant, ours.int >> 80) == (
+        official.version,
+        official.variant,
+        official.int >> 80,
+    )
 
 
 # -- which runs --
@@ -497,5 +508,3 @@ def test_an_endpoint_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.
 def test_only_http_urls_are_endpoints(url: str) -> None:
     with pytest.raises(UsageError):
         HttpSink(url)
-
-

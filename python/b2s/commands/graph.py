@@ -18,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Shows what the database has; --file draws transformations.yaml without one.\n"
         "An arrow leads from what comes first to what comes after it."
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only these, and what hangs together with them")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="only these, and what hangs together with them"
+    )
     parser.add_argument("--upstream", action="store_true", help="with NAME: only what comes before")
     parser.add_argument("--downstream", action="store_true", help="with NAME: only what comes after")
     parser.add_argument("--tables", action="store_true", help="and the tables that are read and written")
@@ -67,7 +69,9 @@ def _part(graph: Graph, arguments: argparse.Namespace) -> Graph:
 
     if not arguments.names:
         if arguments.upstream or arguments.downstream:
-            raise UsageError("--upstream and --downstream need a name to start from", "b2s graph --upstream NAME")
+            raise UsageError(
+                "--upstream and --downstream need a name to start from", "b2s graph --upstream NAME"
+            )
         return graph
     unknown = [name for name in arguments.names if name not in graph.nodes]
     if unknown:

@@ -33,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="the configuration (default: --config; - for stdout)"
     )
-    parser.add_argument("--report", metavar="FILE", default="import-report.md", help="default: import-report.md")
+    parser.add_argument(
+        "--report", metavar="FILE", default="import-report.md", help="default: import-report.md"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite files that are there")
 
 
@@ -69,7 +71,14 @@ def execute(arguments: argparse.Namespace) -> int:
             "groups": inferred.groups, "splits": sorted(splits), "config": output, "report": arguments.report,
         })  # fmt: skip
     else:
-        _summarise(inferred, len(inventory.routines), sum(one.role == "blocked" for one in judged), splits, output, arguments.report)
+        _summarise(
+            inferred,
+            len(inventory.routines),
+            sum(one.role == "blocked" for one in judged),
+            splits,
+            output,
+            arguments.report,
+        )
     return 0
 
 
@@ -78,7 +87,9 @@ def _refuse_to_overwrite(paths: list[str], *, is_forced: bool) -> None:
 
     for path in paths:
         if path != "-" and Path(path).exists() and not is_forced:
-            raise UsageError(f"{path} is there already", "name another file with --output or --report, or add --force")
+            raise UsageError(
+                f"{path} is there already", "name another file with --output or --report, or add --force"
+            )
 
 
 def _inventory(arguments: argparse.Namespace, schemas: list[str]) -> Inventory:
@@ -95,7 +106,8 @@ def _inventory(arguments: argparse.Namespace, schemas: list[str]) -> Inventory:
     if not inventory.routines:
         where = f" of schema {', '.join(schemas)}" if schemas else ""
         raise UsageError(
-            f"{inventory.origin} holds no function or procedure{where}", "name the schema of your routines: --schema"
+            f"{inventory.origin} holds no function or procedure{where}",
+            "name the schema of your routines: --schema",
         )
     return inventory
 
@@ -135,9 +147,13 @@ def _summarise(
     from b2s.output import remark
     from b2s.render import plural
 
-    remark(f"{plural(routines, 'routine')} read, {plural(len(inferred.entries), 'procedure')} configured in {output}")
+    remark(
+        f"{plural(routines, 'routine')} read, {plural(len(inferred.entries), 'procedure')} configured in {output}"
+    )
     if blocked:
-        remark(f"{plural(blocked, 'routine')} to be changed before b2s can run {'it' if blocked == 1 else 'them'}")
+        remark(
+            f"{plural(blocked, 'routine')} to be changed before b2s can run {'it' if blocked == 1 else 'them'}"
+        )
     for name, members in inferred.groups.items():
         remark(f"{', '.join(members)} read each other: group {name}")
     for name in splits:

@@ -115,7 +115,9 @@ def _list(connection: Connection, arguments: argparse.Namespace) -> int:
         print_json(edges)
         return 0
     if not edges:
-        remark("nothing is known yet: a run shows what steps read and write, b2s lineage --scan what their SQL says")
+        remark(
+            "nothing is known yet: a run shows what steps read and write, b2s lineage --scan what their SQL says"
+        )
         return 0
     columns = [
         Column("name"), Column("access"), Column("relation"), Column("rows", is_number=True),
@@ -183,7 +185,9 @@ def _remark_unknown(connection: Connection, pipeline: str | None) -> None:
         {"pipeline": pipeline},
     ).fetchone()
     if row and row[0]:
-        remark(f"nothing is known of {plural(row[0], 'procedure')}, not run and not read since the last change")
+        remark(
+            f"nothing is known of {plural(row[0], 'procedure')}, not run and not read since the last change"
+        )
 
 
 # -- scan --
@@ -242,7 +246,9 @@ def _send(connection: Connection, arguments: argparse.Namespace) -> int:
     for run_id in runs:
         sent += sink.send(events_of(connection, run_id, naming, known))
         if arguments.cursor:
-            connection.execute("select etl.move_lineage_cursor(%s, %s::bigint[])", [arguments.cursor, [run_id]])
+            connection.execute(
+                "select etl.move_lineage_cursor(%s, %s::bigint[])", [arguments.cursor, [run_id]]
+            )
     if arguments.json and arguments.openlineage != "-":
         print_json({"runs": runs, "events": sent})
     else:

@@ -9,11 +9,10 @@ from typing import Final, Literal
 
 from b2s.importer.inventory import Found, Inventory
 from b2s.importer.windows import Window, window_of
-from b2s.lineage.names import parts_of
 from b2s.lint.access import Access, mentions_of
 from b2s.lint.idioms import inserted_from_tables
 from b2s.lint.model import NUMBERS, Argument
-from b2s.lint.parser import quoted
+from b2s.names import parts_of, quoted
 
 Role = Literal[
     "transformation", "blocked", "orchestrator", "helper", "reader", "trigger", "unreadable", "overload"
@@ -89,7 +88,9 @@ def _full_name(found: Found, access: Access) -> str:
     """The table of an access under the name that the lineage of the routine gives it."""
     if access.schema:
         return f"{quoted(access.schema)}.{quoted(access.name)}"
-    written = [one for one in {**found.own.reads, **found.own.writes} if one.endswith(f".{quoted(access.name)}")]
+    written = [
+        one for one in {**found.own.reads, **found.own.writes} if one.endswith(f".{quoted(access.name)}")
+    ]
     return written[0] if len(written) == 1 else quoted(access.name)
 
 
@@ -189,16 +190,21 @@ def obstacles(one: Found, inventory: Inventory, window: Window | None) -> Iterat
 
 def _is_served(argument: Argument) -> bool:
     is_counter = argument.mode == "b" and argument.type in NUMBERS
-    return is_counter or argument.name in ("p_since", "p_until") or (
-        argument.name == "p_mode" and argument.type in _MODE
-    ) or (argument.name == "p_run_id" and argument.type in NUMBERS)
+    return (
+        is_counter
+        or argument.name in ("p_since", "p_until")
+        or (argument.name == "p_mode" and argument.type in _MODE)
+        or (argument.name == "p_run_id" and argument.type in NUMBERS)
+    )
 
 
 def _param(argument: Argument) -> str:
     types = {"bool": "boolean", "numeric": "number", "float8": "number"}
     kind = "integer" if argument.type in ("int2", "int4", "int8") else types.get(argument.type, "string")
     form = {"date": ", format: date", "timestamptz": ", format: date-time", "uuid": ", format: uuid"}
-    return f"{argument.name.removeprefix('p_')}: {{type: {kind}{form.get(argument.type, '')}, required: true}}"
+    return (
+        f"{argument.name.removeprefix('p_')}: {{type: {kind}{form.get(argument.type, '')}, required: true}}"
+    )
 
 
 def _settle_overloads(judged: list[Judged]) -> None:

@@ -25,7 +25,9 @@ def document(inventory: Inventory, judged: list[Judged], inferred: Inferred, pip
         f"pipeline: {pipeline}",
     ]
     if inferred.search_path:
-        lines.append(f"search_path: [{', '.join(inferred.search_path)}]   # routines name tables without a schema")
+        lines.append(
+            f"search_path: [{', '.join(inferred.search_path)}]   # routines name tables without a schema"
+        )
     lines += list(_groups(inferred))
     if not inferred.entries:
         lines += ["", "# No routine can be run as it is: the report says why.", "procedures: []"]

@@ -11,7 +11,7 @@ from typing import Final, Literal
 from b2s.importer.classify import Judged, log_tables
 from b2s.importer.inventory import Found, Inventory
 from b2s.importer.windows import Window
-from b2s.lineage.names import parts_of
+from b2s.names import parts_of
 
 UNKNOWN_TYPE: Final = "nothing says that it is a fact"
 _NAME: Final = re.compile(r"[a-z_][a-z0-9_]*")
@@ -110,7 +110,9 @@ def type_of(targets: list[str], inventory: Inventory) -> tuple[Literal["dimensio
         return "dimension", "by the name of its table"
     if _FACT.search(plain):
         return "fact", "by the name of its table"
-    referring = [table for table, others in inventory.references.items() if target in others and table != target]
+    referring = [
+        table for table, others in inventory.references.items() if target in others and table != target
+    ]
     if referring:
         return "dimension", f"{sorted(referring)[0]} has a foreign key to its table"
     referred = sorted(inventory.references.get(target, set()) - {target})
@@ -145,9 +147,7 @@ def _depend(entries: list[Entry], inventory: Inventory, writers: Mapping[str, li
                     entry.dependencies.setdefault(other, f"{target} has a foreign key to {table}")
 
 
-def _order_writers(
-    entries: list[Entry], writers: Mapping[str, list[str]], order: Mapping[str, int]
-) -> None:
+def _order_writers(entries: list[Entry], writers: Mapping[str, list[str]], order: Mapping[str, int]) -> None:
     """Of several that write one table, each waits for the one that is called before it today."""
     by_name = {entry.name: entry for entry in entries}
     for table, names in writers.items():
@@ -243,7 +243,10 @@ def _settle_types(entries: list[Entry]) -> None:
     needed = {name for entry in entries for name in entry.dependencies}
     for entry in entries:
         if entry.type_reason == UNKNOWN_TYPE and entry.dependencies and entry.name not in needed:
-            entry.type, entry.type_reason = "fact", "it is made of other procedures' tables, and none is made of it"
+            entry.type, entry.type_reason = (
+                "fact",
+                "it is made of other procedures' tables, and none is made of it",
+            )
     by_name = {entry.name: entry for entry in entries}
     is_changing = True
     while is_changing:
@@ -278,12 +281,16 @@ def _search_path(chosen: list[Judged], inventory: Inventory) -> list[str]:
             continue
         bare = {access.name for access in one.found.step.accesses if not access.schema}
         known = [*one.found.own.reads, *one.found.own.writes]
-        needed |= {parts_of(table)[0] for table in known if len(parts_of(table)) == 2 and parts_of(table)[1] in bare}
+        needed |= {
+            parts_of(table)[0] for table in known if len(parts_of(table)) == 2 and parts_of(table)[1] in bare
+        }
         for _, _, visit in one.found.step.find("FuncCall"):
             if len(visit.node.funcname) == 1:
                 name = visit.node.funcname[0].sval
                 needed |= {
-                    other.routine.schema for other in inventory.routines if other.routine.name == name and other.routine.schema
+                    other.routine.schema
+                    for other in inventory.routines
+                    if other.routine.name == name and other.routine.schema
                 }
     ordered = [schema for schema in inventory.search_path if schema in needed]
     return ordered + sorted(needed - set(ordered))

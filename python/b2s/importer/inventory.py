@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -12,9 +12,10 @@ from b2s.lint.access import accesses_of
 from b2s.lint.database import read_sources
 from b2s.lint.frontend import Parsed, read, type_name
 from b2s.lint.model import Argument, Expr, Routine
-from b2s.lint.parser import kind, quoted
+from b2s.lint.parser import kind
 from b2s.lint.project import Project, Step
 from b2s.lint.sources import Source
+from b2s.names import quoted
 
 _TABLES: Final = """
 select format('%I.%I', n.nspname, c.relname), a.attname, format_type(a.atttypid, null)
@@ -135,7 +136,9 @@ def _add_routines(inventory: Inventory, parsed: list[Parsed], schemas: list[str]
         calls = {signatures[id(one)] for one in analysis.callees(step)} - {signatures[id(step)]}
         name = f"{quoted(routine.schema)}.{quoted(routine.name)}" if routine.schema else quoted(routine.name)
         inventory.routines.append(
-            Found(step, name, signatures[id(step)], analysis.own(step), analysis.of(step), tuple(sorted(calls)))
+            Found(
+                step, name, signatures[id(step)], analysis.own(step), analysis.of(step), tuple(sorted(calls))
+            )
         )
 
 
@@ -212,6 +215,8 @@ def _reads(query: Any) -> Iterator[str]:
 
 
 def _name(relation: Any) -> str:
-    return f"{quoted(relation.schemaname)}.{quoted(relation.relname)}" if relation.schemaname else quoted(relation.relname)
-
-
+    return (
+        f"{quoted(relation.schemaname)}.{quoted(relation.relname)}"
+        if relation.schemaname
+        else quoted(relation.relname)
+    )

@@ -9,10 +9,9 @@ from b2s.importer.classify import Judged
 from b2s.importer.infer import UNKNOWN_TYPE, Entry, Inferred, type_of
 from b2s.importer.inventory import Inventory
 from b2s.importer.split import Piece
-from b2s.lineage.names import parts_of
 from b2s.lint.engine import Report
-from b2s.lint.parser import quoted
 from b2s.lint.rule import all_rules
+from b2s.names import parts_of, quoted
 from b2s.render import plural
 
 _ROLES = {
@@ -64,7 +63,9 @@ def _grants(inferred: Inferred) -> Iterator[str]:
     """What steps, which run as etl_owner, need."""
     entries = inferred.entries
     read = {parts_of(table)[0] for one in entries for table in one.judged.reads if len(parts_of(table)) > 1}
-    written = {parts_of(table)[0] for one in entries for table in one.judged.writes if len(parts_of(table)) > 1}
+    written = {
+        parts_of(table)[0] for one in entries for table in one.judged.writes if len(parts_of(table)) > 1
+    }
     routines = {one.found.routine.schema for one in entries if one.found.routine.schema}
     views = sorted({view for one in entries for view in one.refresh})
     if not entries:
@@ -150,7 +151,10 @@ def _cycles(inferred: Inferred) -> Iterator[str]:
         yield f"* {name}: {', '.join(members)}"
         for entry in inferred.entries:
             if entry.name in members:
-                yield from (f"  * {entry.name} {why} of {later}, which comes after it" for later, why in entry.dropped.items())
+                yield from (
+                    f"  * {entry.name} {why} of {later}, which comes after it"
+                    for later, why in entry.dropped.items()
+                )
     yield ""
 
 
@@ -173,9 +177,12 @@ def _windows(inventory: Inventory, inferred: Inferred) -> Iterator[str]:
                 f"{table}.{column}"
                 for table in entry.judged.reads
                 for column, type_ in inventory.columns.get(table, {}).items()
-                if (type_ == "timestamp with time zone" and column.endswith(("_at", "_ts", "_time", "_on"))) or type_ == "xid8"
+                if (type_ == "timestamp with time zone" and column.endswith(("_at", "_ts", "_time", "_on")))
+                or type_ == "xid8"
             )
-            rows.append(f"* {entry.name}{': ' + ', '.join(hints[:3]) + ' could tell new rows' if hints else ''}")
+            rows.append(
+                f"* {entry.name}{': ' + ', '.join(hints[:3]) + ' could tell new rows' if hints else ''}"
+            )
     if rows:
         yield "## Reads everything, each time"
         yield ""

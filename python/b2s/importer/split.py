@@ -8,11 +8,11 @@ from typing import Final
 
 from b2s.importer.classify import Judged
 from b2s.importer.inventory import Found
-from b2s.lineage.names import parts_of
 from b2s.lint.access import Access, is_temporary, mentions_of
 from b2s.lint.model import Stmt, Variable
-from b2s.lint.parser import quoted, tokens_of
+from b2s.lint.parser import tokens_of
 from b2s.lint.sources import Source
+from b2s.names import parts_of, quoted
 
 _EMPTY: Final = "''"
 _WORDS: Final = {"fors": "for", "fori": "for", "forc": "for", "dynfors": "for", "foreach_a": "foreach"}
@@ -206,7 +206,9 @@ class _Text:
 
     def __init__(self, found: Found) -> None:
         self._source = found.routine.source
-        self._begin = self._source.text.find(found.routine.body, found.routine.offset) if found.routine.body else -1
+        self._begin = (
+            self._source.text.find(found.routine.body, found.routine.offset) if found.routine.body else -1
+        )
         self._tokens = tokens_of(found.routine.body) if self._begin >= 0 else []
 
     def of(self, offset: int) -> tuple[int, int, str]:

@@ -9,7 +9,8 @@ from typing import Any, Final
 from b2s.importer.inventory import Found
 from b2s.lineage.columns import ColumnReader
 from b2s.lint.idioms import in_predicate
-from b2s.lint.parser import kind, quoted
+from b2s.lint.parser import kind
+from b2s.names import quoted
 
 _LOWER: Final = frozenset({">=", ">"})
 _UPPER: Final = frozenset({"<", "<="})
@@ -43,7 +44,7 @@ def window_of(found: Found, columns: Mapping[str, Mapping[str, str]]) -> Window 
         (lower if operator in _LOWER else upper).setdefault(argument, set()).add(column)
     since = "p_since" if found.routine.argument("p_since") else _pick(lower)
     until = "p_until" if found.routine.argument("p_until") else _pick(upper)
-    is_asked = "p_since" == since or "p_until" == until
+    is_asked = since == "p_since" or until == "p_until"
     sources = sorted(lower.get(since or "", set()) | upper.get(until or "", set()))
     if not is_asked and (since is None or until is None or lower[since] != upper[until]):
         return None

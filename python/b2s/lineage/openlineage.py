@@ -16,7 +16,7 @@ from uuid import UUID
 
 from b2s import __version__
 from b2s.db import Connection
-from b2s.lineage.names import parts_of
+from b2s.names import parts_of
 from b2s.output import documents
 
 Json = dict[str, Any]
@@ -185,7 +185,9 @@ class _Builder:
         read = self._known.inputs.get(key, set()) - set(written)
         identity = self._uuid(step["started_at"], str(step["order_index"]), str(step["attempt"]))
         outputs = [self._output(one, written[one], counts.get(one, 0)) for one in sorted(written)]
-        yield from self._events(step, identity, facets, job, [self._dataset(one) for one in sorted(read)], outputs)
+        yield from self._events(
+            step, identity, facets, job, [self._dataset(one) for one in sorted(read)], outputs
+        )
 
     def refresh(self, refresh: Json) -> Iterator[Json]:
         """The events of the refresh of a materialized view."""
@@ -225,7 +227,11 @@ class _Builder:
     def _own(self, row: Json, names: Iterable[str]) -> Json:
         """What b2s alone knows of a run, in a facet of its own."""
         given = {name: row[name] for name in names if row[name] is not None}
-        return {"_producer": PRODUCER, "_schemaURL": f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunFacet", **given}
+        return {
+            "_producer": PRODUCER,
+            "_schemaURL": f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunFacet",
+            **given,
+        }
 
     def _job(self, parts: list[str], kind: str, description: str | None) -> Json:
         facets = {
@@ -275,7 +281,11 @@ _STEP_FIELDS: Final = (
 
 
 def _facet(name: str, version: str, /, **fields: Any) -> Json:
-    return {"_producer": PRODUCER, "_schemaURL": f"{_SPEC}/facets/{version}/{name}.json#/$defs/{name}", **fields}
+    return {
+        "_producer": PRODUCER,
+        "_schemaURL": f"{_SPEC}/facets/{version}/{name}.json#/$defs/{name}",
+        **fields,
+    }
 
 
 def _event(kind: str, at: str, run: Json, job: Json, inputs: list[Json], outputs: list[Json]) -> Json:
@@ -299,7 +309,5 @@ def _time(text: str) -> str:
 def _error(row: Json) -> Json:
     more = [row.get("error_code"), row.get("error_detail"), row.get("error_hint"), row.get("error_context")]
     trace = "\n".join(str(one) for one in more if one)
-    facet = _facet(
-        "ErrorMessageRunFacet", "1-0-1", message=row["error_message"], programmingLanguage="SQL"
-    )
+    facet = _facet("ErrorMessageRunFacet", "1-0-1", message=row["error_message"], programmingLanguage="SQL")
     return {**facet, "stackTrace": trace} if trace else facet

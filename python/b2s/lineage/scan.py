@@ -82,5 +82,7 @@ def scan(connection: Connection, pipeline: str, *, only_changed: bool = False) -
 def store(connection: Connection, pipeline: str, found: dict[str, Static]) -> int:
     """Replaces what is known from the SQL of these procedures; returns the number of edges."""
     document: dict[str, Any] = {name: static.document() for name, static in found.items()}
-    row = connection.execute("select etl.store_lineage(%s::jsonb, %s)", [json.dumps(document), pipeline]).fetchone()
+    row = connection.execute(
+        "select etl.store_lineage(%s::jsonb, %s)", [json.dumps(document), pipeline]
+    ).fetchone()
     return int(row[0]) if row else 0

@@ -152,7 +152,9 @@ def _checked(url: str) -> SplitResult:
     except ValueError:
         parts, port = SplitResult("", "", "", "", ""), None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise UsageError("the OpenLineage endpoint is no URL", "write http://host:port, https://host or a file")
+        raise UsageError(
+            "the OpenLineage endpoint is no URL", "write http://host:port, https://host or a file"
+        )
     if parts.path in ("", "/"):
         parts = parts._replace(path=_PATH)
     return parts

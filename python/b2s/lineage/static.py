@@ -8,8 +8,8 @@ from typing import Any
 
 from b2s.lineage.columns import ColumnReader, without_intermediates
 from b2s.lint.access import HOLE
-from b2s.lint.parser import quoted
 from b2s.lint.project import Project, Step
+from b2s.names import quoted
 
 Tables = Mapping[str, Collection[str]]
 """The columns of tables and views, by full name, quoted where needed."""

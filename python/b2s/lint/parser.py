@@ -19,7 +19,6 @@ _DEEPEST: Final = 1000
 COMMENTS: Final = frozenset({"SQL_COMMENT", "C_COMMENT"})
 """The kinds of tokens that are comments."""
 _WHITE: Final = re.compile(r"\s+")
-_PLAIN: Final = re.compile(r"[a-z_][a-z0-9_$]*")
 
 
 class SqlError(Exception):
@@ -85,24 +84,6 @@ def _pglast() -> Any:
 def require() -> None:
     """Raises UsageError when the parser is not installed."""
     _pglast()
-
-
-def quoted(name: str) -> str:
-    """An identifier as it is written, with quotes where it needs them, as quote_ident of the server does."""
-    if _PLAIN.fullmatch(name) and name not in _keywords():
-        return name
-    return '"' + name.replace('"', '""') + '"'
-
-
-@cache
-def _keywords() -> frozenset[str]:
-    """Words that do not stand for a name without quotes everywhere."""
-    _pglast()
-    from pglast import keywords
-
-    return frozenset(
-        keywords.RESERVED_KEYWORDS | keywords.COL_NAME_KEYWORDS | keywords.TYPE_FUNC_NAME_KEYWORDS
-    )
 
 
 def is_installed() -> bool:
