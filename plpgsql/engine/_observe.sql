@@ -24,18 +24,25 @@ revoke all on function etl._is_to_observe(text, int, text, text) from public;
 
 -- {"oid:mode": scans so far} of everything that this transaction has locked.
 create or replace function etl._lock_marks() returns jsonb
-language sql volatile set search_path = pg_catalog, pg_temp as $$
-  select jsonb_object_agg(l.relation || ':' || l.mode,
+language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
+begin
+  return (
+    select jsonb_object_agg(l.relation || ':' || l.mode,
            coalesce(pg_stat_get_xact_numscans(l.relation), 0) + coalesce(pg_stat_get_xact_tuples_returned(l.relation), 0) + coalesce(pg_stat_get_xact_tuples_fetched(l.relation), 0))
     from pg_catalog.pg_locks l
-   where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.relation >= 16384
-$$;
+   where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.granted and l.relation >= 16384);
+end $$;
 comment on function etl._lock_marks() is 'The relations this transaction has locked, by oid and mode, each with a counter that rises when it is read.';
 revoke all on function etl._lock_marks() from public;
 
+-- PL/pgSQL, which keeps its plan: planning this anew for each step would cost several times what it does. Index lookups for what is
+-- locked, not a scan of a catalog that may hold ten thousand tables.
 -- before: the marks when the step began, null for the first of its transaction. changes: its rows per table.
 create or replace function etl._observed_relations(before jsonb, changes jsonb) returns jsonb
-language sql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set jit = off
+  set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
+begin
+  return (
   with marks as (
     select split_part(m.key, ':', 1)::oid as oid, split_part(m.key, ':', 2) as mode, not coalesce(before ? m.key, false) as is_new,
            m.value::bigint > coalesce((before->>m.key)::bigint, 0) as is_scanned
@@ -71,8 +78,8 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
     from rooted r
     cross join lateral unnest(array[case when r.is_read then 'read' end, case when r.is_written then 'write' end,
                                     case when r.is_referenced and not r.is_read then 'reference' end]) a(access)
-   where a.access is not null
-$$;
+   where a.access is not null);
+end $$;
 comment on function etl._observed_relations(jsonb, jsonb) is
   'What the step that has just been executed locked: [{"relation", "access": "read", "write" or "reference", "rows"}].';
 revoke all on function etl._observed_relations(jsonb, jsonb) from public;
