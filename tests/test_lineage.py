@@ -190,7 +190,7 @@ def test_a_step_is_looked_at_once_per_mode_and_definition_and_day(pipeline: Pipe
     pipeline.apply()
     assert marked(pipeline, pipeline.start().run_id) == [True]
     assert marked(pipeline, pipeline.start().run_id) == [False]
-    full = {"mode": "full", "confirm_full_refresh": True, "reason": "test"}
+    full: dict[str, Any] = {"mode": "full", "confirm_full_refresh": True, "reason": "test"}
     assert marked(pipeline, pipeline.start(**full).run_id) == [True]
     assert marked(pipeline, pipeline.start(**full).run_id) == [False]
     pipeline.routine("orders", f"{ORDERS}; perform from silver.totals")

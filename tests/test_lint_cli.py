@@ -379,11 +379,13 @@ def test_plpgsql_check_goes_on_after_an_error_names_places_and_knows_temporary_t
     with live.connect() as connection:
         query = "select from pg_available_extensions where name = 'plpgsql_check'"
         if connection.execute(query.encode()).fetchone() is None:
-            pytest.skip("plpgsql_check is not installed for this server (Debian: postgresql-15-plpgsql-check)")
+            pytest.skip(
+                "plpgsql_check is not installed for this server (Debian: postgresql-15-plpgsql-check)"
+            )
         connection.execute("create extension plpgsql_check")
         connection.execute(
-            "create or replace function silver.load_orders() returns bigint language plpgsql set search_path = '' as $$\n"
-            "declare v_unused int;\n"
+            "create or replace function silver.load_orders() returns bigint language plpgsql\n"
+            "set search_path = '' as $$ declare v_unused int;\n"
             "begin\n"
             "  create temp table changed on commit drop as select o.id from bronze.orders o;\n"
             "  insert into silver.orders (id) select c.id from changed c on conflict (id) do nothing;\n"

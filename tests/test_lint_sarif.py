@@ -1,8 +1,8 @@
 """SARIF 2.1.0: every log is judged against the objects of the specification that it uses.
 
-No package on PyPI ships the schema of OASIS, and those that model SARIF let unknown properties pass. So what the
-specification demands stands here, object by object (the numbers are its sections): a property that it does not
-have, one of another type, a missing one or a value out of range is an error.
+The packages that model SARIF in Python let unknown properties pass and do not ship the schema of OASIS. So
+what the specification demands stands here, object by object (the numbers are its sections): a property that
+it does not have, one of another type, a missing one or a value out of range is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REFERENCE: Final = re.compile(r"(?!.*://)[A-Za-z0-9\-._~!$&'()*+,;=@/%:]+")
 
 
 def _uri_reference(value: str) -> str:
-    """RFC 3986: what may not stand in a URI is percent-encoded; relative ones have no colon up front (3.4.3)."""
+    """RFC 3986: what may not stand in a URI is percent-encoded; a relative one has no colon up front."""
     assert REFERENCE.fullmatch(value), value
     assert re.fullmatch(r"(?:[^%]|%[0-9A-F]{2})*", value), value
     assert ":" not in value.split("/")[0], value

@@ -115,7 +115,9 @@ def test_an_upsert_holds_the_newest_row_of_each_key(bronze: Connection, cli: Cli
     new(cli, "upsert", strategy, "--apply")
     cli("sync-config")
     first_run(bronze, cli, strategy)
-    bronze.execute("insert into bronze.orders (order_id, customer, ingested_at) values ('o1', 'newest', now() - interval '1 minute'), ('o99', 'new', now() - interval '1 minute')")
+    bronze.execute(
+        "insert into bronze.orders (order_id, customer, ingested_at) values ('o1', 'newest', now() - interval '1 minute'), ('o99', 'new', now() - interval '1 minute')"
+    )
     cli("run")
     found = dict(bronze.execute("select order_id, customer from silver.orders").fetchall())
     assert len(found) == 8
@@ -132,7 +134,9 @@ def test_an_old_range_read_again_puts_no_older_row_back(bronze: Connection, cli:
     before = bronze.execute("select t::text from silver.orders t order by 1").fetchall()
     until = {"timestamp": "now", "id": "30", "xid": None}[strategy]
     if until == "now":
-        row = bronze.execute("select (min(ingested_at) + interval '3 hours')::text from bronze.orders").fetchone()
+        row = bronze.execute(
+            "select (min(ingested_at) + interval '3 hours')::text from bronze.orders"
+        ).fetchone()
         until = row[0] if row else ""
     if until:
         chunk = "1h" if strategy == "timestamp" else "7"
@@ -188,12 +192,19 @@ def test_all_lines_of_a_key_that_changed_are_replaced(bronze: Connection, cli: C
     cli("sync-config")
     first_run(bronze, cli, "timestamp")
     bronze.execute("delete from bronze.orders where order_id = 'o2' and line = 0")
-    bronze.execute("insert into bronze.orders (order_id, line, ingested_at) values ('o2', 9, now() - interval '1 minute')")
+    bronze.execute(
+        "insert into bronze.orders (order_id, line, ingested_at) values ('o2', 9, now() - interval '1 minute')"
+    )
     cli("run")
     silver = "select order_id, line, count(*) from silver.orders group by 1, 2 order by 1, 2"
-    assert bronze.execute(silver).fetchall() == bronze.execute(
-        silver.replace("silver.orders", "bronze.orders where order_id is not null").replace("group by", "group by")
-    ).fetchall()
+    assert (
+        bronze.execute(silver).fetchall()
+        == bronze.execute(
+            silver.replace("silver.orders", "bronze.orders where order_id is not null").replace(
+                "group by", "group by"
+            )
+        ).fetchall()
+    )
 
 
 def test_a_snapshot_is_kept_for_each_day(bronze: Connection, cli: Cli) -> None:
@@ -203,7 +214,9 @@ def test_a_snapshot_is_kept_for_each_day(bronze: Connection, cli: Cli) -> None:
     cli("run", "--param", "silver.orders.snapshot_on=2026-01-01")
     bronze.execute("delete from bronze.orders where order_id = 'o1'")
     cli("run")
-    days = bronze.execute("select count(*) from silver.orders group by snapshot_on order by snapshot_on").fetchall()
+    days = bronze.execute(
+        "select count(*) from silver.orders group by snapshot_on order by snapshot_on"
+    ).fetchall()
     row = bronze.execute("select count(*) from bronze.orders").fetchone()
     assert days[0] == (63,)
     assert days[1] == row
@@ -218,7 +231,17 @@ def test_the_source_says_what_was_not_given(bronze: Connection, cli: Cli) -> Non
     assert "on conflict (row_id) do nothing" in out, "the key of the source"
     assert "etl.arrived(s.etl_xid, p_since, p_until)" in out
     assert "watermark: {strategy: xid, source: bronze.orders.etl_xid}" in out
-    out = cli("new", "silver.orders", "--pattern", "upsert", "--key", "order_id", "--watermark", "row_id", "--stdout")
+    out = cli(
+        "new",
+        "silver.orders",
+        "--pattern",
+        "upsert",
+        "--key",
+        "order_id",
+        "--watermark",
+        "row_id",
+        "--stdout",
+    )
     assert "p_since bigint, p_until bigint" in out
     assert not Path("sql").exists()
 
@@ -232,7 +255,17 @@ def test_a_target_that_is_there_is_filled_as_it_is(bronze: Connection, cli: Cli)
 
 def test_a_source_that_a_procedure_fills_is_a_dependency(bronze: Connection, cli: Cli) -> None:
     new(cli, "upsert", "timestamp", "--apply")
-    cli("new", "silver.totals", "--pattern", "upsert", "--source", "silver.orders", "--strategy", "none", "--apply")
+    cli(
+        "new",
+        "silver.totals",
+        "--pattern",
+        "upsert",
+        "--source",
+        "silver.orders",
+        "--strategy",
+        "none",
+        "--apply",
+    )
     procedures = {one.name: one for one in load_config(Path("transformations.yaml"), {}).config.procedures}
     assert procedures["silver.totals"].dependencies == ("silver.orders",)
     cli("sync-config")
@@ -311,16 +344,23 @@ def test_an_entry_is_added_to_the_text_and_everything_else_stays(text: str, expe
 
 
 def test_a_list_in_one_line_is_left_alone_and_the_entry_shown(bronze: Connection, cli: Cli) -> None:
-    Path("transformations.yaml").write_text("version: 1\nprocedures: [{name: silver.a, type: fact}]\n", encoding="utf-8")
+    Path("transformations.yaml").write_text(
+        "version: 1\nprocedures: [{name: silver.a, type: fact}]\n", encoding="utf-8"
+    )
     out = new(cli, "upsert", "timestamp", code=2)
-    assert "transformations.yaml was left as it is: its list of procedures is not written one below the other" in out
+    assert (
+        "transformations.yaml was left as it is: its list of procedures is not written one below the other"
+        in out
+    )
     assert "--stdout prints" in out
     assert "- name: silver.orders" in new(cli, "upsert", "timestamp", "--stdout")
     assert not Path("sql").exists()
 
 
 def test_a_broken_configuration_is_reported_before_anything_is_written(bronze: Connection, cli: Cli) -> None:
-    Path("transformations.yaml").write_text("version: 1\nprocedures:\n  - {name: silver.a, typ: fact}\n", encoding="utf-8")
+    Path("transformations.yaml").write_text(
+        "version: 1\nprocedures:\n  - {name: silver.a, typ: fact}\n", encoding="utf-8"
+    )
     assert "unknown key 'typ'" in new(cli, "upsert", "timestamp", code=2)
     assert not Path("sql").exists()
 
@@ -334,7 +374,9 @@ def test_the_words_that_need_quotes_are_those_of_the_grammar() -> None:
     assert expected == KEYWORDS
 
 
-@pytest.mark.parametrize("name", ["orders", "Order", "order", "a b", 'a"b', "a.b", "9a", "select", "é", "_x1"])
+@pytest.mark.parametrize(
+    "name", ["orders", "Order", "order", "a b", 'a"b', "a.b", "9a", "select", "é", "_x1"]
+)
 def test_names_are_quoted_as_the_server_quotes_them(db: Database, name: str) -> None:
     assert db.connect().execute("select quote_ident(%s)", [name]).fetchone() == (quoted(name),)
 

@@ -13,9 +13,9 @@ from uuid import UUID
 
 import pytest
 
-event_v2 = pytest.importorskip("openlineage.client.event_v2", reason="openlineage-python is not installed")
+pytest.importorskip("openlineage.client.event_v2", reason="openlineage-python is not installed")
 
-from openlineage.client import facet_v2
+from openlineage.client import event_v2, facet_v2
 from openlineage.client.naming.dataset import Postgres
 from openlineage.client.serde import Serde
 from openlineage.client.uuid import generate_static_uuid
@@ -500,7 +500,7 @@ def test_an_endpoint_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         made = HttpSink(f"http://127.0.0.1:{port}", timeout=0.1, attempts=2, pause=lambda _: None)
-        with pytest.raises(DeliveryError, match="(did not answer|cannot be reached: timed out).*2 attempts"):
+        with pytest.raises(DeliveryError, match=r"(did not answer|cannot be reached: timed out).*2 attempts"):
             made.send([{"a": 1}])
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.bench.lineage [--steps 1000] [--turns 7] [--dsn DSN]
 
-The floor of each turn is the run that never looks. `daily` is any run but the first of a day: its steps pay for a test of
-their settings. `first` is that first run. Without --dsn an embedded server with fsync on is started.
+The floor of each turn is the run that never looks. `daily` is any run but the first of a day: its steps pay
+for a test of their settings. `first` is that first run. Without --dsn an embedded server with fsync on is
+started.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How long `b2s lint` takes for a thousand routines, in units of what parsing them alone takes.
 
-The routines are those of tests/lint_corpus, over and over, in files of their own. The floor parses the same text with
-the parser alone: each file as SQL, and each PL/pgSQL body once. Target: a thousand routines in under ten seconds
-on two cores, whatever else they do.
+The routines are those of tests/lint_corpus, over and over, in files of their own. The floor parses the same
+text with the parser alone: each statement as SQL, and each PL/pgSQL body once. Target: a thousand routines in
+under ten seconds on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def sources(count: int) -> list[Source]:
     """So many routines, or a few more."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(CORPUS.glob("*.sql"))]
     routines = sum(text.count("\ncreate ") for text in texts)
-    return [Source(f"{n}/{i}.sql", text) for n in range(-(-count // routines)) for i, text in enumerate(texts)]
+    return [
+        Source(f"{n}/{i}.sql", text) for n in range(-(-count // routines)) for i, text in enumerate(texts)
+    ]
 
 
 def floor(given: list[Source]) -> None:
@@ -47,7 +49,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--routines", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

@@ -57,9 +57,7 @@ def procedure(shape: str, step: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(
-    connection: psycopg.Connection[Any], shape: str, steps: int, observe: str = "daily"
-) -> None:
+def prepare(connection: psycopg.Connection[Any], shape: str, steps: int, observe: str = "daily") -> None:
     """Creates the target, one function per step and the configuration."""
     connection.execute("drop schema if exists bench cascade")
     connection.execute("create schema bench authorization etl_owner")

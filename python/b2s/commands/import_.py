@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -67,7 +68,15 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({
             "procedures": [entry.name for entry in inferred.entries],
-            "routines": [{"routine": one.found.signature, "role": one.role, "loads": one.targets, "reasons": one.reasons} for one in judged],
+            "routines": [
+                {
+                    "routine": one.found.signature,
+                    "role": one.role,
+                    "loads": one.targets,
+                    "reasons": one.reasons,
+                }
+                for one in judged
+            ],
             "groups": inferred.groups, "splits": sorted(splits), "config": output, "report": arguments.report,
         })  # fmt: skip
     else:
@@ -142,17 +151,19 @@ def _lint(inventory: Inventory, inferred: Inferred, text: str) -> Report | None:
 
 
 def _summarise(
-    inferred: Inferred, routines: int, blocked: int, splits: dict[str, object], output: str, report: str
+    inferred: Inferred, routines: int, blocked: int, splits: Iterable[str], output: str, report: str
 ) -> None:
     from b2s.output import remark
     from b2s.render import plural
 
     remark(
-        f"{plural(routines, 'routine')} read, {plural(len(inferred.entries), 'procedure')} configured in {output}"
+        f"{plural(routines, 'routine')} read, "
+        f"{plural(len(inferred.entries), 'procedure')} configured in {output}"
     )
     if blocked:
         remark(
-            f"{plural(blocked, 'routine')} to be changed before b2s can run {'it' if blocked == 1 else 'them'}"
+            f"{plural(blocked, 'routine')} to be changed before b2s can run "
+            f"{'it' if blocked == 1 else 'them'}"
         )
     for name, members in inferred.groups.items():
         remark(f"{', '.join(members)} read each other: group {name}")

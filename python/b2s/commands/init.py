@@ -27,7 +27,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
     if not re.fullmatch(IDENTIFIER, arguments.pipeline):
         raise UsageError(
-            f"{arguments.pipeline} is no name for a pipeline", "use lower case letters, digits and underscores"
+            f"{arguments.pipeline} is no name for a pipeline",
+            "use lower case letters, digits and underscores",
         )
     folder = Path(arguments.folder)
     made = files(arguments.pipeline)

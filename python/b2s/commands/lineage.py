@@ -20,8 +20,10 @@ token. With --cursor NAME, meant for a clock, each call sends the runs that ende
 Exit codes: 0 ok; 1 --check has findings (remarks do not count); 2 usage; 3 database or endpoint
 unreachable or refused."""
 _EDGES: Final = """
-select l.pipeline, l.name, l.kind, l.relation, l.access, array_agg(distinct l.source order by l.source) as sources,
-       max(l.via) as via, max(l.written_rows) as written_rows, max(l.last_seen_at) as last_seen_at, max(l.last_run_id) as last_run_id,
+select l.pipeline, l.name, l.kind, l.relation, l.access,
+       array_agg(distinct l.source order by l.source) as sources, max(l.via) as via,
+       max(l.written_rows) as written_rows, max(l.last_seen_at) as last_seen_at,
+       max(l.last_run_id) as last_run_id,
        (array_agg(to_jsonb(l.columns) order by l.columns is null, l.source desc))[1] as columns,
        (array_agg(l.derived_from order by l.derived_from is null))[1] as derived_from
   from etl.lineage l
@@ -116,7 +118,8 @@ def _list(connection: Connection, arguments: argparse.Namespace) -> int:
         return 0
     if not edges:
         remark(
-            "nothing is known yet: a run shows what steps read and write, b2s lineage --scan what their SQL says"
+            "nothing is known yet: a run shows what steps read and write, "
+            "b2s lineage --scan what their SQL says"
         )
         return 0
     columns = [
@@ -200,7 +203,7 @@ def _scan(connection: Connection, arguments: argparse.Namespace) -> int:
     from b2s.render import plural
 
     parser.require()
-    counts = []
+    counts: list[dict[str, Any]] = []
     for pipeline in _pipelines(connection, arguments.pipeline):
         found = scan(connection, pipeline)
         edges = store(connection, pipeline, found.found)
@@ -211,7 +214,7 @@ def _scan(connection: Connection, arguments: argparse.Namespace) -> int:
         print_json(counts)
         return 0
     for one in counts:
-        print(f"{one['pipeline']}: {one['edges']} edges of {plural(int(one['procedures']), 'procedure')}")
+        print(f"{one['pipeline']}: {one['edges']} edges of {plural(one['procedures'], 'procedure')}")
         if one["incomplete"]:
             print(f"  text known at run time only, a run shows the rest: {', '.join(one['incomplete'])}")
         if one["skipped"]:
@@ -263,22 +266,26 @@ def _wanted(connection: Connection, arguments: argparse.Namespace) -> Iterable[i
     if arguments.cursor:
         return _unsent(connection, arguments)
     if arguments.since:
-        query = "select r.run_id from etl.run_history r where r.ended_at >= %(since)s" + _OF_PIPELINE
-        rows = connection.execute(query.encode(), _parameters(arguments) | {"since": arguments.since})
+        rows = connection.execute(
+            (_ENDED_SINCE + _OF_PIPELINE).encode(), _parameters(arguments) | {"since": arguments.since}
+        )
         return [row[0] for row in rows]
     run_id = run_id_of(connection, arguments.run or "latest")
     get_run(connection, run_id)
     return [run_id]
 
 
+_ENDED_SINCE: Final = "select r.run_id from etl.run_history r where r.ended_at >= %(since)s::timestamptz"
 _OF_PIPELINE: Final = " and (%(pipeline)s::text is null or r.pipeline = %(pipeline)s) order by r.run_id"
 _UNSENT: Final = """
 select r.run_id from etl.run_history r left join etl.lineage_cursors c on c.name = %(cursor)s
- where r.ended_at is not null and r.run_id > coalesce(c.floor_run_id, 0) and r.run_id <> all (coalesce(c.emitted_run_ids, '{}'))
+ where r.ended_at is not null and r.run_id > coalesce(c.floor_run_id, 0)
+   and r.run_id <> all (coalesce(c.emitted_run_ids, '{}'))
    and (%(since)s::timestamptz is null or r.ended_at >= %(since)s::timestamptz)"""
 _FLOOR: Final = """
 select coalesce(max(r.run_id), 0) from etl.runs r
- where r.run_id < all (select o.run_id from etl.runs o where o.ended_at is null or o.ended_at >= %(since)s::timestamptz)"""
+ where r.run_id < all (
+         select o.run_id from etl.runs o where o.ended_at is null or o.ended_at >= %(since)s::timestamptz)"""
 
 
 def _unsent(connection: Connection, arguments: argparse.Namespace) -> Iterator[int]:

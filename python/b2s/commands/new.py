@@ -28,21 +28,35 @@ asked of a database. No file is overwritten."""
 def configure(parser: argparse.ArgumentParser) -> None:
     """The options of b2s new."""
     parser.epilog = _EPILOG
-    parser.add_argument("name", metavar="PROCEDURE", help="the table to fill, which names the procedure: silver.orders")
+    parser.add_argument(
+        "name", metavar="PROCEDURE", help="the table to fill, which names the procedure: silver.orders"
+    )
     parser.add_argument("--pattern", choices=_PATTERNS, required=True, help="how it is filled")
     parser.add_argument("--source", metavar="TABLE", help="the table to read (default: bronze.NAME)")
-    parser.add_argument("--key", metavar="A,B", help="what tells rows apart (default: a key of the target or of the source)")
+    parser.add_argument(
+        "--key", metavar="A,B", help="what tells rows apart (default: a key of the target or of the source)"
+    )
     what = "what tells new rows (default: what the source has, xid before timestamp)"
     parser.add_argument("--strategy", choices=_STRATEGIES, help=what)
     parser.add_argument("--watermark", metavar="COLUMN", help="the column for it (default: the likeliest)")
-    parser.add_argument("--valid-from", metavar="COLUMN", help="scd2: the column that says when a version began")
-    parser.add_argument("--columns", metavar="'A TYPE, ...'", help="the columns of the source, without asking a database")
-    parser.add_argument("--type", choices=("dimension", "fact"), help="default: dimension for dim_..., else fact")
+    parser.add_argument(
+        "--valid-from", metavar="COLUMN", help="scd2: the column that says when a version began"
+    )
+    parser.add_argument(
+        "--columns", metavar="'A TYPE, ...'", help="the columns of the source, without asking a database"
+    )
+    parser.add_argument(
+        "--type", choices=("dimension", "fact"), help="default: dimension for dim_..., else fact"
+    )
     parser.add_argument("--depends-on", action="append", default=[], metavar="PROCEDURE", help="repeatable")
     parser.add_argument("--description", metavar="TEXT", help="what it is for, in a sentence")
     parser.add_argument("--routine", metavar="NAME", help="the function to write (default: SCHEMA.load_NAME)")
-    parser.add_argument("--sql-dir", default="sql", metavar="FOLDER", help="where its file goes (default: sql)")
-    parser.add_argument("--apply", action="store_true", help="run the file in the database, in one transaction")
+    parser.add_argument(
+        "--sql-dir", default="sql", metavar="FOLDER", help="where its file goes (default: sql)"
+    )
+    parser.add_argument(
+        "--apply", action="store_true", help="run the file in the database, in one transaction"
+    )
     parser.add_argument("--stdout", action="store_true", help="print the SQL and the entry, write nothing")
 
 
@@ -56,7 +70,9 @@ def execute(arguments: argparse.Namespace) -> int:
     source, target = _tables(arguments, wish)
     made = design(wish, source, target)
     lines = list(
-        entry_lines(made, arguments.name, _type(arguments), _dependencies(arguments, made), arguments.description)
+        entry_lines(
+            made, arguments.name, _type(arguments), _dependencies(arguments, made), arguments.description
+        )
     )
     text = _file(made, arguments)
     if arguments.stdout:
@@ -82,7 +98,8 @@ def _wish(arguments: argparse.Namespace) -> Wish:
 
     if not re.fullmatch(QUALIFIED, arguments.name) or "." not in arguments.name:
         raise UsageError(
-            f"{arguments.name} is not schema.name in lower case letters, digits and underscores", "for example: silver.orders"
+            f"{arguments.name} is not schema.name in lower case letters, digits and underscores",
+            "for example: silver.orders",
         )
     schema, name = arguments.name.split(".")
     return Wish(
@@ -121,7 +138,7 @@ def _tables(arguments: argparse.Namespace, wish: Wish) -> tuple[Table, Table | N
     if source is None:
         raise UsageError(
             f"table {wish.source} does not exist",
-            "name the table to read: --source; or describe it: --columns 'order_id bigint, ingested_at timestamptz'",
+            "name the table to read: --source; or describe it: --columns 'order_id bigint, at timestamptz'",
         )
     return source, target
 
@@ -148,7 +165,9 @@ def _file(made: Design, arguments: argparse.Namespace) -> str:
     from b2s.scaffold.entry import grants_sql
     from b2s.scaffold.patterns import routine_sql, table_sql
 
-    parts = [f"-- {arguments.name}: {arguments.description or _PURPOSES[made.pattern].format(source=made.source)}"]
+    parts = [
+        f"-- {arguments.name}: {arguments.description or _PURPOSES[made.pattern].format(source=made.source)}"
+    ]
     if not made.has_target:
         parts.append(table_sql(made))
     return "\n\n".join([*parts, routine_sql(made), grants_sql(made)]) + "\n"
@@ -177,5 +196,7 @@ def _say(arguments: argparse.Namespace, path: Path, made: Design) -> None:
     if made.strategy != "none" and made.pattern != "append":
         remark(f"it looks up rows by key: an index on {made.source} ({', '.join(made.key)}) keeps that fast")
     first = [] if arguments.apply else [f'psql "$B2S_DSN" -f {path}']
-    for number, line in enumerate([*first, "b2s sync-config", f"b2s test {arguments.name}", f"b2s run {arguments.name}"]):
+    for number, line in enumerate(
+        [*first, "b2s sync-config", f"b2s test {arguments.name}", f"b2s run {arguments.name}"]
+    ):
         remark(f"{'next: ' if number == 0 else '      '}{line}")

@@ -162,7 +162,7 @@ def obstacles(one: Found, inventory: Inventory, window: Window | None) -> Iterat
     for step in one.routine.all_statements:
         if step.kind in ("commit", "rollback"):
             yield (
-                f"it ends its own transaction ({step.kind} in line {one.routine.source.place(step.offset)[0]})",
+                f"it ends its own transaction ({step.kind} in line {_line(one, step.offset)})",
                 "take COMMIT and ROLLBACK out: a step is one transaction, which b2s ends",
             )
             break
@@ -184,8 +184,12 @@ def obstacles(one: Found, inventory: Inventory, window: Window | None) -> Iterat
         if bare:
             yield (
                 f"{', '.join(bare)} is named without a schema, and no schema looked at has such a table",
-                "write the schema, or give the routine a search_path: alter routine ... set search_path = ...",
+                "write the schema, or: alter routine ... set search_path = ...",
             )
+
+
+def _line(one: Found, offset: int) -> int:
+    return one.routine.source.place(offset)[0]
 
 
 def _is_served(argument: Argument) -> bool:

@@ -1,4 +1,4 @@
-"""The configuration as text: YAML with a comment for whatever was inferred, and what could not be configured."""
+"""The configuration as text: YAML with a comment for whatever was inferred, and for what is left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDTH: Final = 110
 def document(inventory: Inventory, judged: list[Judged], inferred: Inferred, pipeline: str) -> str:
     """A transformations.yaml."""
     lines = [
-        f"# Made by b2s import from {inventory.origin}. The comments say why; the report beside it says what to change.",
+        f"# Made by b2s import from {inventory.origin}. Comments say why; the report says what to change.",
         "# Check it: b2s sync-config --dry-run. Its JSON Schema: b2s schema > transformations.schema.json",
         "# yaml-language-server: $schema=./transformations.schema.json",
         "version: 1",

@@ -239,7 +239,7 @@ def _in_order(entries: list[Entry]) -> list[Entry]:
 
 
 def _settle_types(entries: list[Entry]) -> None:
-    """No dimension waits for a fact: it becomes one. What reads others' tables and is read by nobody is one."""
+    """No dimension waits for a fact: it becomes one. So does what reads others' tables and nobody reads."""
     needed = {name for entry in entries for name in entry.dependencies}
     for entry in entries:
         if entry.type_reason == UNKNOWN_TYPE and entry.dependencies and entry.name not in needed:

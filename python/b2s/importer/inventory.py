@@ -22,8 +22,8 @@ select format('%I.%I', n.nspname, c.relname), a.attname, format_type(a.atttypid,
   from pg_catalog.pg_class c
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
   join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
- where c.relkind in ('r', 'p', 'v', 'm', 'f') and c.oid >= 16384 and n.nspname not in ('etl', 'information_schema')
-   and c.relpersistence <> 't'
+ where c.relkind in ('r', 'p', 'v', 'm', 'f') and c.oid >= 16384 and c.relpersistence <> 't'
+   and n.nspname not in ('etl', 'information_schema')
  order by 1, a.attnum"""
 _KEYS: Final = """
 select format('%I.%I', n.nspname, c.relname), format('%I.%I', m.nspname, r.relname)
@@ -103,7 +103,7 @@ class Inventory:
 
 
 def read_inventory(connection: Connection, schemas: Iterable[str]) -> Inventory:
-    """What a database holds; routines of these schemas, all if there are none, and what they call elsewhere."""
+    """What a database holds; of its routines those of these schemas, all if none is named."""
     wanted = list(schemas)
     inventory = Inventory(f"database {connection.info.dbname}")
     row = connection.execute(_PATH).fetchone()
@@ -151,9 +151,10 @@ def signature_of(routine: Routine) -> str:
 
 
 _SPELLED: Final = {
-    "int2": "smallint", "int4": "integer", "int8": "bigint", "bool": "boolean", "varchar": "character varying",
-    "timestamptz": "timestamp with time zone", "timestamp": "timestamp without time zone", "float8": "double precision",
-    "float4": "real", "bpchar": "character", "timetz": "time with time zone", "time": "time without time zone",
+    "int2": "smallint", "int4": "integer", "int8": "bigint", "bool": "boolean",
+    "varchar": "character varying", "bpchar": "character", "float4": "real", "float8": "double precision",
+    "timestamptz": "timestamp with time zone", "timestamp": "timestamp without time zone",
+    "timetz": "time with time zone", "time": "time without time zone",
 }  # fmt: skip
 
 

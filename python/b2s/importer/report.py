@@ -16,7 +16,7 @@ from b2s.render import plural
 
 _ROLES = {
     "orchestrator": ("Call the others", "b2s plans the order itself; `b2s run` takes their place."),
-    "helper": ("Helpers of transformations", "They stay as they are; what they read and write counts for their callers."),
+    "helper": ("Helpers of transformations", "They stay; what they read and write counts for their callers."),
     "reader": ("Write no table", "They are no transformations."),
     "trigger": ("Trigger functions", "The server calls them."),
     "overload": ("Overloads not used", "A procedure names one routine."),
@@ -49,7 +49,10 @@ def report(
 def _summary(judged: list[Judged], inferred: Inferred) -> Iterator[str]:
     counts = Counter(one.role for one in judged)
     others = len(judged) - len(inferred.entries) - counts["blocked"]
-    yield f"{plural(len(judged), 'routine')}: {len(inferred.entries)} configured, {counts['blocked']} to be changed first, {others} of other kinds."
+    yield (
+        f"{plural(len(judged), 'routine')}: {len(inferred.entries)} configured, "
+        f"{counts['blocked']} to be changed first, {others} of other kinds."
+    )
     yield ""
     yield "| procedure | routine | type | loads | depends on |"
     yield "| --- | --- | --- | --- | --- |"
@@ -75,15 +78,14 @@ def _grants(inferred: Inferred) -> Iterator[str]:
     yield "Steps run as the role `etl_owner`, refreshes as the owner of their view:"
     yield ""
     yield "```sql"
-    schemas = ", ".join(quoted(one) for one in sorted(read | written | routines))
-    yield f"grant usage on schema {schemas} to etl_owner;"
+    yield f"grant usage on schema {_listed(read | written | routines)} to etl_owner;"
     if read - written:
-        yield f"grant select on all tables in schema {', '.join(quoted(one) for one in sorted(read - written))} to etl_owner;"
+        yield f"grant select on all tables in schema {_listed(read - written)} to etl_owner;"
     if written:
-        listed = ", ".join(quoted(one) for one in sorted(written))
+        listed = _listed(written)
         yield f"grant select, insert, update, delete, truncate on all tables in schema {listed} to etl_owner;"
         yield f"grant usage on all sequences in schema {listed} to etl_owner;"
-    yield f"grant execute on all routines in schema {', '.join(quoted(one) for one in sorted(routines))} to etl_owner;"
+    yield f"grant execute on all routines in schema {_listed(routines)} to etl_owner;"
     if views:
         for schema in sorted({quoted(parts_of(view)[0]) for view in views}):
             yield f"grant usage, create on schema {schema} to etl_owner;"
@@ -92,13 +94,18 @@ def _grants(inferred: Inferred) -> Iterator[str]:
     yield ""
 
 
+def _listed(schemas: set[str]) -> str:
+    return ", ".join(quoted(one) for one in sorted(schemas))
+
+
 def _blocked(blocked: list[Judged]) -> Iterator[str]:
     if not blocked:
         return
     yield "## To be changed before b2s can run them"
     yield ""
     for one in blocked:
-        yield f"* `{one.found.signature}`, which loads {', '.join(one.targets) or 'what is known at run time only'}:"
+        loads = ", ".join(one.targets) or "what is known at run time only"
+        yield f"* `{one.found.signature}`, which loads {loads}:"
         for reason, remedy in zip(one.reasons, one.remedies, strict=False):
             yield f"  * {reason}: {remedy}"
     yield ""
@@ -107,7 +114,10 @@ def _blocked(blocked: list[Judged]) -> Iterator[str]:
 def _split(entry: Entry, pieces: list[Piece], inventory: Inventory) -> Iterator[str]:
     yield f"## {entry.found.signature}: a split"
     yield ""
-    yield f"It loads {len(pieces)} tables in one transaction: when one fails, none is loaded, nothing can be run alone, and nothing runs beside it. It runs as it is; a routine per table would be:"
+    yield (
+        f"It loads {len(pieces)} tables in one transaction: when one fails, none is loaded, nothing can be "
+        "run alone, and nothing runs beside it. It runs as it is; a routine per table would be:"
+    )
     yield ""
     yield "| table | statements, by line | needs |"
     yield "| --- | --- | --- |"
@@ -145,7 +155,10 @@ def _cycles(inferred: Inferred) -> Iterator[str]:
         return
     yield "## Cycles"
     yield ""
-    yield "Procedures that read each other's tables have no order. They are one group, in the order in which they run today; some read rows of the last run:"
+    yield (
+        "Procedures that read each other's tables have no order. They are one group, in the order in which "
+        "they run today; some read rows of the last run:"
+    )
     yield ""
     for name, members in inferred.groups.items():
         yield f"* {name}: {', '.join(members)}"

@@ -35,7 +35,7 @@ class Cut:
 
 @dataclass(slots=True)
 class Piece:
-    """What loads one table: the statements in order, the pieces that it needs, and what is to be looked at."""
+    """What loads one table: its statements in order, the pieces that it needs, and what to look at."""
 
     table: str
     routine: str
@@ -212,7 +212,7 @@ class _Text:
         self._tokens = tokens_of(found.routine.body) if self._begin >= 0 else []
 
     def of(self, offset: int) -> tuple[int, int, str]:
-        """First line, last line and text of the statement at an offset; of a body in quotes the line alone."""
+        """First line, last line and text of a statement; of a body in quotes the line alone."""
         first = self._source.place(offset)[0]
         at = offset - self._begin
         depth, begin = 0, None

@@ -84,7 +84,7 @@ class ColumnReader:
     # -- queries --
 
     def _query(self, node: Any, ctes: Ctes, outer: tuple[Scope, ...]) -> Output | None:
-        """The columns of a SELECT; None when they cannot be counted, because of a `*` of something unknown."""
+        """The columns of a SELECT; None when they cannot be counted, because of a `*` of who knows what."""
         ctes = self._with(node, ctes, outer)
         if node.larg is not None:
             left, right = self._query(node.larg, ctes, outer), self._query(node.rarg, ctes, outer)
@@ -261,7 +261,7 @@ class ColumnReader:
         self._note(table, pairs)
         clause = node.onConflictClause
         if clause is not None and clause.targetList:
-            excluded = Relation(None, {name: sources for name, sources in pairs})
+            excluded = Relation(None, dict(pairs))
             scopes = ({**scope, "excluded": excluded}, *outer)
             self._set(table, clause.targetList, ctes, scopes)
             if clause.whereClause is not None:
@@ -312,7 +312,7 @@ def _implied_name(value: Any) -> str:
 def without_intermediates(
     derived: Mapping[str, Mapping[str, Collection[Column]]], temporary: Collection[str]
 ) -> dict[str, dict[str, set[Column]]]:
-    """What lasting tables are computed from, with temporary tables replaced by what those are computed from."""
+    """What lasting tables are computed from; in place of temporary ones what those are computed from."""
 
     def origin(column: Column, seen: frozenset[Column]) -> set[Column]:
         if column[0] not in temporary:

@@ -19,7 +19,8 @@ _PROCEDURES: Final = """
 select l.name, p.name, p.type, g.name,
        array(select q.name from etl.dependencies d join etl.procedures q on q.procedure_id = d.depends_on_id
               where d.procedure_id = p.procedure_id order by q.name),
-       array(select t.name from etl.procedure_refresh_targets x join etl.refresh_targets t using (refresh_target_id)
+       array(select t.name from etl.procedure_refresh_targets x
+               join etl.refresh_targets t using (refresh_target_id)
               where x.procedure_id = p.procedure_id order by t.name)
   from etl.procedures p
   join etl.pipelines l using (pipeline_id)
@@ -29,7 +30,8 @@ select l.name, p.name, p.type, g.name,
  order by 1, p.type, 2"""
 _LINEAGE: Final = """
 select distinct l.name, l.kind, l.relation, l.access from etl.lineage l
- where l.is_current and l.access in ('read', 'write') and (%(pipeline)s::text is null or l.pipeline = %(pipeline)s)
+ where l.is_current and l.access in ('read', 'write')
+   and (%(pipeline)s::text is null or l.pipeline = %(pipeline)s)
  order by 1, 3, 4"""
 
 
@@ -104,7 +106,7 @@ def graph_of_config(config: Config) -> Graph:
 
 
 def graph_of_database(connection: Connection, pipeline: str | None, *, with_relations: bool = False) -> Graph:
-    """The graph of the configured procedures; with_relations: what they read and write, as far as is known."""
+    """The graph of the configured procedures; with_relations: and of what they read and write."""
     graph = Graph()
     rows = connection.execute(_PROCEDURES.encode(), {"pipeline": pipeline}).fetchall()
     for of, name, type_, group, _, _ in rows:

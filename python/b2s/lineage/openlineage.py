@@ -1,8 +1,8 @@
 """Runs as OpenLineage events (https://openlineage.io, spec 2-0-2), made from the run tables as plain JSON.
 
-A run of a pipeline, each attempt of each step and each refresh are runs of OpenLineage: START, then COMPLETE, FAIL
-or ABORT. Their ids are computed from what they name, so that sending them again says nothing new. A step that was
-skipped never ran and has no event.
+A run of a pipeline, each attempt of each step and each refresh are runs of OpenLineage: START, then COMPLETE,
+FAIL or ABORT. Their ids are computed from what they name, so that sending them again says nothing new. A step
+that was skipped never ran and has no event.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ select s.*, p.watermark_strategy, c.description from etl.step_history s
   join etl.procedures c using (procedure_id)
  where s.run_id = %(run_id)s and s.started_at is not null order by s.order_index, s.attempt"""
 _REFRESHES: Final = """
-select m.* from etl.mv_refreshes m where m.run_id = %(run_id)s and m.started_at is not null order by m.scope_index"""
+select m.* from etl.mv_refreshes m
+ where m.run_id = %(run_id)s and m.started_at is not null order by m.scope_index"""
 _LINEAGE: Final = """
 select l.pipeline, l.name, l.relation, l.access, l.derived_from from etl.lineage l where l.is_current"""
 _COLUMNS: Final = """
@@ -47,7 +48,8 @@ select format('%I.%I', n.nspname, c.relname), a.attname, format_type(a.atttypid,
   from pg_catalog.pg_class c
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
   join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
- where c.relkind in ('r', 'p', 'v', 'm', 'f') and c.oid >= 16384 and n.nspname <> 'etl' order by 1, a.attnum"""
+ where c.relkind in ('r', 'p', 'v', 'm', 'f') and c.oid >= 16384 and n.nspname <> 'etl'
+ order by 1, a.attnum"""
 _PARTITIONS: Final = """
 select format('%I.%I', n.nspname, c.relname), format('%I.%I', m.nspname, r.relname)
   from pg_catalog.pg_class c
@@ -181,7 +183,7 @@ class _Builder:
         job["facets"]["sql"] = _facet("SQLJobFacet", "1-1-0", query=step["statement"], dialect="postgresql")
         counts = self._by_root(step["table_counts"] or {})
         key = (self._pipeline, name)
-        written = {**dict.fromkeys(counts, {}), **self._known.outputs.get(key, {})}
+        written = {**{table: {} for table in counts}, **self._known.outputs.get(key, {})}
         read = self._known.inputs.get(key, set()) - set(written)
         identity = self._uuid(step["started_at"], str(step["order_index"]), str(step["attempt"]))
         outputs = [self._output(one, written[one], counts.get(one, 0)) for one in sorted(written)]

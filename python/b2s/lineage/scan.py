@@ -15,7 +15,8 @@ from b2s.lint.project import Project, Step
 from b2s.lint.sources import Source
 
 _PROCEDURES: Final = """
-select p.name, to_regprocedure(p.routine_signature)::oid::int8, s.definition is not distinct from etl._definition(p)
+select p.name, to_regprocedure(p.routine_signature)::oid::int8,
+       s.definition is not distinct from etl._definition(p)
   from etl.procedures p
   join etl.pipelines l using (pipeline_id)
   left join etl.lineage_scans s on s.procedure_id = p.procedure_id and s.source = 'static'
@@ -31,7 +32,8 @@ select format('%I.%I', n.nspname, c.relname), array_agg(a.attname::text order by
   from pg_catalog.pg_class c
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
   join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
- where c.relkind in ('r', 'p', 'v', 'm', 'f') and c.oid >= 16384 and n.nspname <> 'etl' and c.relpersistence <> 't'
+ where c.relkind in ('r', 'p', 'v', 'm', 'f') and c.oid >= 16384 and c.relpersistence <> 't'
+   and n.nspname <> 'etl'
  group by 1"""
 
 

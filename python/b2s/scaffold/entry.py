@@ -38,7 +38,8 @@ def entry_lines(
         yield f"  watermark: {{strategy: {design.strategy}, source: {_text(source)}}}"
     if design.pattern == "snapshot":
         yield "  params:"
-        yield f"    {SNAPSHOT_ON}: {{type: string, format: date, description: 'the day it stands for; default: today, UTC'}}"
+        meaning = "the day it stands for; default: today, UTC"
+        yield f"    {SNAPSHOT_ON}: {{type: string, format: date, description: '{meaning}'}}"
 
 
 def _text(value: str) -> str:
@@ -82,7 +83,8 @@ def add_entry(path: Path, lines: list[str]) -> None:
     )
     if text is None or problem:
         raise UsageError(
-            f"{path} was left as it is: {problem}", "--stdout prints the SQL and the entry, to be added by hand"
+            f"{path} was left as it is: {problem}",
+            "--stdout prints the SQL and the entry, to be added by hand",
         )
     _replace(path, text)
 

@@ -30,8 +30,11 @@ select v.customer_id, v.name, v.country, now() - interval '1 hour'
 """
 _IGNORED: Final = ".venv/\n__pycache__/\nimport-report.md\n"
 _COLUMNS: Final = (
-    Column("customer_id", "text"), Column("name", "text"), Column("country", "text"), Column("ingested_at", "timestamptz"),
-)  # fmt: skip
+    Column("customer_id", "text"),
+    Column("name", "text"),
+    Column("country", "text"),
+    Column("ingested_at", "timestamptz"),
+)
 EXAMPLE: Final = Design(
     routine="silver.load_dim_customers",
     target="silver.dim_customers",
@@ -49,7 +52,13 @@ def files(pipeline: str) -> dict[str, str]:
     from b2s.config import json_schema
 
     entry = entry_lines(EXAMPLE, "silver.dim_customers", "dimension", [], "One row per customer, the newest.")
-    config = [HEADER.rstrip("\n"), f"pipeline: {pipeline}", "", "procedures:", *(f"  {line}" for line in entry)]
+    config = [
+        HEADER.rstrip("\n"),
+        f"pipeline: {pipeline}",
+        "",
+        "procedures:",
+        *(f"  {line}" for line in entry),
+    ]
     routine = [
         "-- silver.dim_customers: one row per customer, the newest.",
         table_sql(EXAMPLE),

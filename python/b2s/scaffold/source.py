@@ -13,7 +13,8 @@ from b2s.names import parts_of
 from b2s.scaffold.patterns import Column, Design, Pattern, Strategy
 
 _COLUMNS: Final = """
-select a.attname, format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid), a.attidentity <> '', a.attgenerated <> ''
+select a.attname, format_type(a.atttypid, a.atttypmod), pg_get_expr(d.adbin, d.adrelid),
+       a.attidentity <> '', a.attgenerated <> ''
   from pg_catalog.pg_attribute a
   left join pg_catalog.pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
  where a.attrelid = to_regclass(%s) and a.attnum > 0 and not a.attisdropped order by a.attnum"""
@@ -21,7 +22,8 @@ _KEYS: Final = """
 select array(select a.attname::text from unnest(i.indkey::int2[]) with ordinality k(attnum, n)
                join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum order by k.n)
   from pg_catalog.pg_index i
- where i.indrelid = to_regclass(%s) and i.indisunique and i.indimmediate and i.indpred is null and i.indexprs is null
+ where i.indrelid = to_regclass(%s) and i.indisunique and i.indimmediate
+   and i.indpred is null and i.indexprs is null
  order by i.indisprimary desc, i.indnatts"""
 _TIMES: Final = (
     "ingested_at",
@@ -73,7 +75,7 @@ def described(name: str, text: str) -> Table:
         if match is None:
             raise UsageError(
                 f"--columns cannot be understood from {text[position:].strip()!r} on",
-                "write name and type: --columns 'order_id bigint, amount numeric(10, 2), ingested_at timestamptz'",
+                "write name and type: --columns 'order_id bigint, amount numeric(10, 2), at timestamptz'",
             )
         columns.append(Column(parts_of(match[1])[0], match[2].strip()))
         position = match.end()
@@ -156,9 +158,9 @@ def _watermark(wish: Wish, source: Table) -> tuple[Strategy, str | None]:
     strategy = wish.strategy
     if strategy is None:
         if wish.watermark is None:
-            strategy = next((one for one in ("xid", "timestamp") if found[one]), "none")  # type: ignore[assignment]
+            strategy = next((one for one in ("xid", "timestamp") if found[one]), "none")
         else:
-            strategy = next((kind for kind, names in found.items() if wish.watermark in names), None)  # type: ignore[assignment]
+            strategy = next((kind for kind, names in found.items() if wish.watermark in names), None)
         if strategy is None:
             raise UsageError(
                 f"{source.name}.{wish.watermark} cannot tell new rows",
@@ -177,14 +179,15 @@ def _watermark(wish: Wish, source: Table) -> tuple[Strategy, str | None]:
         raise UsageError(f"{source.name} has {what}", hint)
     if watermark not in found[strategy]:
         column = source.column(watermark)
+        shown = column.type if column else "unknown"
         raise UsageError(
-            f"{source.name}.{watermark} is of type {column.type if column else ''}, which the {strategy} strategy cannot read",
+            f"{source.name}.{watermark} is of type {shown}, which the {strategy} strategy cannot read",
             "timestamp needs timestamptz, id bigint or integer, xid xid8",
         )
     return strategy, watermark
 
 
-def _candidates(source: Table) -> dict[str, list[str]]:
+def _candidates(source: Table) -> dict[Strategy, list[str]]:
     """For each strategy the columns that could serve it, the likeliest first."""
     times = [
         one.name for one in source.columns if one.type in _TIME_TYPES or one.type.startswith("timestamp")
