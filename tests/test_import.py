@@ -185,9 +185,7 @@ def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, cli: Cl
         ["silver.dim_customers", "silver.regions"],
     ]
     assert all(group.transaction_scope == "per_group" for group in config().groups.values())
-    assert (
-        "silver.regions reads silver.dim_customers of silver.dim_customers, which comes after it" in report()
-    )
+    assert "silver.regions reads silver.dim_customers, which silver.dim_customers loads after it" in report()
 
 
 def test_windows_are_recognised_by_what_is_compared_with_the_arguments(

@@ -344,6 +344,7 @@ def test_a_new_cursor_may_begin_at_a_time(pipeline: Pipeline, cli: Cli) -> None:
     ("words", "message"),
     [
         (["--run", "1"], "--run says which runs to send"),
+        (["--openlineage"], "--openlineage needs a target"),
         (["--openlineage", "-", "--run", "1", "--since", "2020-01-01"], "--run names one run"),
         (["--openlineage", "ftp://x/y"], "the OpenLineage endpoint is no URL"),
         (["--openlineage", "http://"], "the OpenLineage endpoint is no URL"),

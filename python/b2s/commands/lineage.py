@@ -53,8 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--check", action="store_true", help="what differs from what is declared")
     what.add_argument("--scan", action="store_true", help="read the SQL of all routines anew and store it")
     what.add_argument(
-        "--openlineage", metavar="TARGET", default=os.environ.get("B2S_OPENLINEAGE"),
-        help="send run events to a file, - or a URL (B2S_OPENLINEAGE)",
+        "--openlineage", metavar="TARGET", nargs="?", const=os.environ.get("B2S_OPENLINEAGE", ""),
+        help="send run events to a file, - or a URL (without one: B2S_OPENLINEAGE)",
     )  # fmt: skip
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="FINDING[=NAME]",
@@ -77,23 +77,24 @@ def execute(arguments: argparse.Namespace) -> int:
     """Lists, checks, scans or sends."""
     from b2s.db import connect
 
-    is_sending = bool(arguments.openlineage) and not (arguments.check or arguments.scan)
-    _refuse_misuse(arguments, is_sending=is_sending)
+    _refuse_misuse(arguments)
     with connect(arguments.dsn) as connection:
         if arguments.scan:
             return _scan(connection, arguments)
         if arguments.check:
             return _check(connection, arguments)
-        if is_sending:
+        if arguments.openlineage is not None:
             return _send(connection, arguments)
         return _list(connection, arguments)
 
 
-def _refuse_misuse(arguments: argparse.Namespace, *, is_sending: bool) -> None:
+def _refuse_misuse(arguments: argparse.Namespace) -> None:
     from b2s.errors import UsageError
 
     chosen = [name for name in ("run", "since", "cursor") if getattr(arguments, name)]
-    if chosen and not is_sending:
+    if arguments.openlineage == "":
+        raise UsageError("--openlineage needs a target", "name a file, - or a URL, or set B2S_OPENLINEAGE")
+    if chosen and arguments.openlineage is None:
         raise UsageError(f"--{chosen[0]} says which runs to send", "add --openlineage TARGET")
     if arguments.run and len(chosen) > 1:
         raise UsageError(f"--run names one run, --{chosen[1]} names others", "leave one of them out")
@@ -117,8 +118,9 @@ def _list(connection: Connection, arguments: argparse.Namespace) -> int:
         print_json(edges)
         return 0
     if not edges:
+        of = f"of {', '.join(arguments.names)}" if arguments.names else "yet"
         remark(
-            "nothing is known yet: a run shows what steps read and write, "
+            f"nothing is known {of}: a run shows what steps read and write, "
             "b2s lineage --scan what their SQL says"
         )
         return 0

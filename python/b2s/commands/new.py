@@ -86,7 +86,7 @@ def execute(arguments: argparse.Namespace) -> int:
     path.write_text(text, encoding="utf-8")
     if arguments.apply:
         _apply(arguments.dsn, text)
-    _say(arguments, path, made)
+    _say(arguments, path, made, is_indexed=any(key[:1] == made.key[:1] for key in source.keys))
     return 0
 
 
@@ -189,11 +189,11 @@ def _apply(dsn: str, text: str) -> None:
         connection.execute(text.encode())
 
 
-def _say(arguments: argparse.Namespace, path: Path, made: Design) -> None:
+def _say(arguments: argparse.Namespace, path: Path, made: Design, *, is_indexed: bool) -> None:
     from b2s.output import remark
 
     remark(f"{path} written, {arguments.name} added to {arguments.config}")
-    if made.strategy != "none" and made.pattern != "append":
+    if made.strategy != "none" and made.pattern != "append" and not is_indexed:
         remark(f"it looks up rows by key: an index on {made.source} ({', '.join(made.key)}) keeps that fast")
     first = [] if arguments.apply else [f'psql "$B2S_DSN" -f {path}']
     for number, line in enumerate(

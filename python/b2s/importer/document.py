@@ -64,7 +64,7 @@ def _entry(entry: Entry, inferred: Inferred) -> Iterator[str]:
         yield "    dependencies:"
         yield from (f"      - {name}   # {why}" for name, why in entry.dependencies.items())
     for name, why in entry.dropped.items():
-        yield f"    # {why} of {name} as well, which comes later: it sees the rows of the last run."
+        yield f"    # It also {why}, which {name} loads later: it sees the rows of the last run."
     if entry.window is not None:
         window = entry.window
         source = window.sources[0] if len(window.sources) == 1 else None

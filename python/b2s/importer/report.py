@@ -165,7 +165,7 @@ def _cycles(inferred: Inferred) -> Iterator[str]:
         for entry in inferred.entries:
             if entry.name in members:
                 yield from (
-                    f"  * {entry.name} {why} of {later}, which comes after it"
+                    f"  * {entry.name} {why}, which {later} loads after it"
                     for later, why in entry.dropped.items()
                 )
     yield ""
