@@ -27,7 +27,10 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0002_runtime
 \set sha256 c2718a5cfbb8e856c6a964d5e6bd7dd7c28a80b01f382442bc71373c7fe10cea
 \ir install/migration.sql
-\set migration 0003_lineage
+\set migration 0003_workers
+\set sha256 73ad87489f22b66fb3f3aab6f848e0565c9d2a06459a3d80173c0a82e3f97835
+\ir install/migration.sql
+\set migration 0004_lineage
 \set sha256 cac2d3e30f84103a681401aac5154a146900ba408c4a99cdc8152308646bc6c6
 \ir install/migration.sql
 
@@ -65,6 +68,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_record_failure.sql
 \ir engine/_finish_run.sql
 \ir engine/_work.sql
+\ir engine/_helpers.sql
 \ir engine/_resume.sql
 \ir engine/_rehearse.sql
 \ir engine/_compile_call.sql

@@ -448,7 +448,7 @@ def _kill(chaos: Chaos, conn: Connection, pids: str, verb: str = "terminate") ->
 
 _TAKER: Final = "select worker_pid from etl.runs where status = 'running'"
 _HELPERS: Final = "select w.pid from etl.run_workers w join etl.runs using (run_id) where status = 'running'"
-_LOCK_HOLDERS: Final = "select pid from pg_locks where locktype = 'advisory' and classid = 6435443"
+_LOCK_HOLDERS: Final = "select pid from pg_locks where locktype = 'advisory' and classid = 6435444"
 
 
 def kill_the_taker(chaos: Chaos, conn: Connection) -> None:

@@ -696,8 +696,13 @@ class Soak:
         everybody = [Background(one) for one in work]
         time.sleep(seconds)
         readers: list[Subject | Naive] = [*self.subjects, *self.naive]
+        patience = time.monotonic() + 60  # a slow machine gets as long as it needs for anything to be read
         for reader in readers:
-            self._meanwhile[reader.name] += self._count(f"select count(*) from {self._reads_of(reader)}")
+            while not (read := self._count(f"select count(*) from {self._reads_of(reader)}")):
+                if time.monotonic() > patience:
+                    break
+                time.sleep(0.1)
+            self._meanwhile[reader.name] += read
         self._stop.set()
         for one in everybody:
             one.result(60)

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Final
 
 import psycopg
 import pytest
 
+from b2s.migrate import migrate
 from tests.pipelines import Background, Gate, Pipeline, messages_of, refused
 from tests.servers import Connection, Database, Server, wait_until
 
@@ -37,7 +39,8 @@ def active_run(pipeline: Pipeline) -> int:
 def is_lock_free(pipeline: Pipeline) -> bool:
     return bool(
         pipeline.value(
-            "select count(*) = 0 from pg_locks where locktype = 'advisory' and classid = 6435443"
+            "select count(*) = 0 from pg_locks"
+            " where locktype = 'advisory' and classid between 6435443 and 6435444"
             " and database = (select oid from pg_database where datname = current_database())"
         )
     )
@@ -367,6 +370,102 @@ def test_who_asks_again_with_the_key_of_a_dead_run_learns_that_it_is_abandoned(p
     assert pipeline.outcomes(run_id)["b_slow"] == "abandoned"
     pipeline.routine("b_slow")
     assert pipeline.start(idempotency_key="tuesday").status == "succeeded"
+
+
+# -- the session lives on --
+
+# The second commit of a run, the one that marks its first step running, takes its time.
+_SLOW_COMMIT: Final = """
+create function etl.dawdle() returns trigger language plpgsql as
+  $$ begin if new.status = 'running' then perform pg_sleep(60); end if; return new; end $$;
+create constraint trigger dawdle after update on etl.procedure_runs deferrable initially deferred
+  for each row execute function etl.dawdle();
+"""
+
+
+@pytest.fixture
+def interrupted(pipeline: Pipeline) -> Connection:
+    """A session whose CALL was cancelled during a commit, where nothing can be recorded; it idles."""
+    pipeline.add("load")
+    pipeline.apply()
+    pipeline.sql(_SLOW_COMMIT)
+    conn = pipeline.db.connect()
+    started = pipeline.start_in_background(conn)
+    wait_until(
+        pipeline.conn,
+        "select count(*) = 1 from pg_stat_activity where pid = %s and wait_event = 'PgSleep'",
+        [conn.info.backend_pid],
+    )
+    pipeline.value("select pg_cancel_backend(%s)", conn.info.backend_pid)
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        started.result()
+    pipeline.sql("drop trigger dawdle on etl.procedure_runs")
+    assert not is_lock_free(pipeline)
+    assert pipeline.run(1)["status"] == "running"
+    return conn
+
+
+def test_an_idle_session_that_kept_the_lock_of_its_run_is_dead(
+    pipeline: Pipeline, interrupted: Connection
+) -> None:
+    assert pipeline.value("select is_dead from etl.run_history")
+    with refused("PT409", "run.dead"):
+        pipeline.value("select etl.cancel_run(1)")
+    assert pipeline.value("select etl.reap()") == 1
+    assert pipeline.run(1)["status"] == "abandoned"
+    assert not interrupted.closed
+
+
+def test_a_lock_that_was_kept_does_not_stand_in_the_way_of_a_start(
+    pipeline: Pipeline, interrupted: Connection
+) -> None:
+    assert pipeline.start() == (2, "succeeded")
+    assert pipeline.run(1)["status"] == "abandoned"
+    assert pipeline.start(interrupted) == (3, "succeeded")
+    assert is_lock_free(pipeline)
+
+
+def test_a_run_that_was_interrupted_is_resumed_by_another_session(
+    pipeline: Pipeline, interrupted: Connection
+) -> None:
+    row = pipeline.conn.execute("call etl.resume_run(1)").fetchone()
+    assert row == (2, "succeeded")
+    assert pipeline.trace() == ["load"]
+    assert not interrupted.closed
+
+
+def test_what_an_interrupted_session_does_next_does_not_bring_its_run_to_life(
+    pipeline: Pipeline, interrupted: Connection
+) -> None:
+    with pipeline.gate() as gate:
+        busy = Background(lambda: interrupted.execute(f"do $$ begin {Gate.WAIT}; end $$".encode()))
+        gate.wait_for_arrivals()
+        assert pipeline.value("select is_dead from etl.run_history")
+        assert pipeline.start() == (2, "succeeded")
+    busy.result()
+
+
+def test_a_kept_lock_does_not_stand_in_the_way_of_an_upgrade(
+    pipeline: Pipeline, interrupted: Connection
+) -> None:
+    assert migrate(pipeline.db.dsn).after
+    assert not interrupted.closed
+
+
+def test_where_sessions_are_hidden_a_run_lives_as_long_as_its_lock(private_server: Server) -> None:
+    db = private_server.create_database(template=private_server.migrated_template())
+    with Pipeline(db) as pipeline:
+        three_steps(pipeline)
+        pipeline.conn.execute("revoke pg_read_all_stats from etl_owner")
+        with pipeline.gate() as gate:
+            started = pipeline.start_in_background(pipeline.login("etl_operator"))
+            gate.wait_for_arrivals()
+            assert not pipeline.value("select is_dead from etl.run_history")
+            with refused("PT409", "run.active"):
+                pipeline.start(pipeline.login("etl_operator"))
+            gate.open()
+            assert started.result().status == "succeeded"
+    db.drop()
 
 
 def test_a_step_that_is_terminated_does_not_block_another_pipeline(pipeline: Pipeline) -> None:

@@ -117,15 +117,15 @@ def test_of_fifty_simultaneous_starts_exactly_one_wins(waiting: Pipeline) -> Non
 
 
 THIEF = """
-create function silver.steal(pipeline_id int, out tries int, out status_then text) language plpgsql as $$
+create function silver.steal(run_id bigint, out tries int, out status_then text) language plpgsql as $$
 begin
   tries := 0;
   loop
     tries := tries + 1;
-    exit when pg_try_advisory_lock(6435443, pipeline_id);
+    exit when pg_try_advisory_lock(6435444, run_id::int);
   end loop;
   select r.status into status_then from etl.runs r;
-  perform pg_advisory_unlock(6435443, pipeline_id);
+  perform pg_advisory_unlock(6435444, run_id::int);
 end $$
 """
 
@@ -137,7 +137,7 @@ def test_the_lock_is_never_free_between_two_steps(pipeline: Pipeline) -> None:
     pipeline.sql(THIEF)
     started = pipeline.start_in_background()
     wait_until(pipeline.conn, "select count(*) > 0 from etl.runs")
-    (theft,) = pipeline.rows("select s.* from etl.pipelines p, silver.steal(p.pipeline_id) s")
+    (theft,) = pipeline.rows("select s.* from etl.runs r, silver.steal(r.run_id) s")
     assert started.result().status == "failed"
     assert theft["tries"] > 100
     assert theft["status_then"] == "failed"
@@ -307,9 +307,9 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_change_baseline", "_request", "_run_status", "_requester", "_is_alive", "_hold", "_rehold",
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
     "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
-    "_definition",
+    "_definition", "_close_helpers",
 })  # fmt: skip
-"""Helpers that change nothing: they read, or take a lock that is the caller's own."""
+"""Helpers that change nothing: they read, or take a lock or a connection that is the caller's own."""
 
 OUT_OF_TURN = {
     "_claim": "select etl._claim({run_id}, null, false)",
@@ -317,6 +317,7 @@ OUT_OF_TURN = {
     "_execute_refresh": "select etl._execute_refresh({run_id}, 1)",
     "_record_failure": "select etl._record_failure({run_id}, 1, '{{}}')",
     "_is_cancelled": "select etl._is_cancelled({run_id}, 'x')",
+    "_open_helpers": "select etl._open_helpers({run_id})",
 }
 """Helpers of the session that executes a run."""
 
@@ -329,7 +330,7 @@ AS_A_REQUEST = {
 }
 """Helpers that refuse what the verb they belong to refuses."""
 
-AS_THE_VERB = frozenset({"_submit", "_enlist", "_time_out_steps"})
+AS_THE_VERB = frozenset({"_submit", "_enlist", "_time_out_steps", "_withdraw_timeout"})
 """Helpers that are all there is to a verb which any operator may call at any time."""
 
 ON_REQUEST = {

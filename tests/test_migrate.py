@@ -473,8 +473,7 @@ def test_a_dead_run_does_not_stand_in_the_way_of_an_upgrade(waiting_run: Connect
     conn.execute("select pg_terminate_backend(%s)", [waiting_run.info.backend_pid])
     wait_until(
         conn,
-        "select not exists (select from pg_locks where locktype = 'advisory' and classid = 6435443 and "
-        "objid <> 0)",
+        "select not exists (select from pg_locks where locktype = 'advisory' and classid = 6435444)",
     )
     assert conn.execute("select status from etl.runs").fetchall() == [("running",)]
     assert migrate(db.dsn).after == b2s.__version__

@@ -111,6 +111,23 @@ def test_one_worker_is_one_session(wide: Pipeline, start: Start) -> None:
     assert wide.run(1)["max_concurrency"] == 2
 
 
+def test_nobody_is_called_to_a_chain_before_it_widens(pipeline: Pipeline, start: Start) -> None:
+    pipeline.add("first", "perform pg_advisory_xact_lock_shared(1)", type="dimension")
+    for name in ("a", "b"):
+        pipeline.add(name, Gate.WAIT, dependencies=["first"])
+    pipeline.apply()
+    looked = "select query_start from pg_stat_activity where state = 'idle' and query ~ 'from etl.run_scopes'"
+    pipeline.conn.execute("select pg_advisory_lock(1)")
+    with pipeline.gate() as gate, start("run") as running:
+        seen = wait_until(pipeline.conn, looked, timeout=SECONDS)
+        wait_until(pipeline.conn, f"select query_start > %s from ({looked}) q", [seen], timeout=SECONDS)
+        assert pipeline.rows("select * from pg_stat_activity where query ~ '^call etl.work'") == []
+        pipeline.conn.execute("select pg_advisory_unlock(1)")
+        gate.wait_for_arrivals(2)
+        gate.open()
+        assert running.end() == 0
+
+
 def test_more_workers_than_configured_are_asked_for(pipeline: Pipeline, start: Start) -> None:
     for name in ("a", "b", "c"):
         pipeline.add(name, Gate.WAIT)

@@ -629,6 +629,81 @@ def test_a_long_writer_of_one_source_holds_back_all_of_them(by_time: Watch) -> N
     assert by_time.catch_up() == ["early", "late"]
 
 
+def two_readers(by_time: Watch, body: str) -> Pipeline:
+    """A pipeline whose second step begins right after the first one has executed `body`."""
+    pipeline = by_time.pipeline
+    for name, statement, needs in (("first", body, []), ("second", "perform 1", ["first"])):
+        pipeline.add(
+            name,
+            statement,
+            arguments="p_until timestamptz",
+            dependencies=needs,
+            watermark={
+                "strategy": "timestamp",
+                "source": ["bronze.src.at"],
+                "state_key": name,
+                "delay_ms": 0,
+            },
+        )
+    pipeline.apply()
+    return pipeline
+
+
+PLANTED: Final = "2001-01-01 00:00:00+00:00"
+
+
+def plant(run_id: str, age: str = "0 ms") -> str:
+    """Put another bound in the place of the one that the first step noted."""
+    return (
+        f"update etl.recent_horizons set bound = '{PLANTED}', run_id = {run_id},"
+        f" noted_at = clock_timestamp() - interval '{age}'"
+    )
+
+
+def test_the_steps_of_a_run_share_a_bound_that_is_a_moment_old(by_time: Watch) -> None:
+    pipeline = two_readers(by_time, plant("run_id"))
+
+    def is_shared() -> bool:
+        step = pipeline.step(pipeline.start().run_id, "second")
+        pipeline.sql("delete from etl.state")
+        return str(datetime.fromisoformat(step["window_until"])) == PLANTED
+
+    assert any(is_shared() for _ in range(20)), "never within 250 ms"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(plant("run_id", "251 ms"), id="too_old"),
+        pytest.param(plant("run_id", "-1 hour"), id="of_the_future"),
+        pytest.param(plant("run_id - 1"), id="of_another_run"),
+        pytest.param(
+            plant("run_id") + "; insert into bronze.src (note) values ('fed')", id="of_before_it_was_fed"
+        ),
+    ],
+)
+def test_a_bound_that_will_not_do_for_a_step_is_not_shared(by_time: Watch, body: str) -> None:
+    pipeline = two_readers(by_time, body)
+    for _ in range(3):
+        step = pipeline.step(pipeline.start().run_id, "second")
+        assert step["status"] == "succeeded", step["error_message"]
+        assert str(datetime.fromisoformat(step["window_until"])) > PLANTED
+
+
+def test_a_bound_that_holds_for_some_sources_only_is_not_shared(by_time: Watch, gid: str) -> None:
+    other = by_time.session()
+    other.execute("create table public.other (n int)")
+    other.execute("begin")
+    other.execute("insert into public.other values (1)")
+    other.execute(f"prepare transaction '{gid}'".encode())
+    pipeline = two_readers(by_time, "perform 1")
+    assert pipeline.start().status == "succeeded"
+    assert pipeline.rows("select * from etl.recent_horizons") == []
+    other.execute(f"rollback prepared '{gid}'".encode())
+    pipeline.start()
+    assert len(pipeline.rows("select * from etl.recent_horizons")) == 1
+
+
 def test_snapshots_of_two_sources_lose_nothing(by_xid: Watch) -> None:
     by_xid.pipeline.sql(SOURCE.format("other"))
     by_xid.configure("src", "other")

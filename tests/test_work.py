@@ -321,7 +321,7 @@ def wait_for_helper_or_taker(pipeline: Pipeline) -> int:
     pid: int = wait_until(
         pipeline.conn,
         "select a.pid from pg_locks l join pg_stat_activity a using (pid)"
-        " where l.locktype = 'advisory' and l.classid = 6435443 and l.granted and a.wait_event = 'PgSleep'",
+        " where l.locktype = 'advisory' and l.classid = 6435444 and l.granted and a.wait_event = 'PgSleep'",
     )
     return pid
 
@@ -664,6 +664,45 @@ def test_the_watchdog_cancels_a_step_whose_timeout_has_passed_and_the_run_goes_o
     assert pipeline.outcomes(run.run_id)["child"] == "upstream_failed"
     assert pipeline.trace() == ["other"]
     assert pipeline.run(run.run_id)["cancel_requested_at"] is None
+
+
+def test_a_timeout_is_known_as_one_however_long_the_watchdog_takes_to_commit(pipeline: Pipeline) -> None:
+    add_gated(pipeline, "slow", timeout_ms=1)
+    pipeline.apply()
+    watchdog = pipeline.db.connect(autocommit=False)
+    with pipeline.gate() as gate:
+        started = pipeline.start_in_background()
+        (pid,) = gate.wait_for_arrivals()
+        wait_until(
+            pipeline.conn, "select clock_timestamp() > started_at + interval '1 ms' from etl.procedure_runs"
+        )
+        assert watchdog.execute("select etl.watchdog()").fetchone() == (1,)
+        wait_until(pipeline.conn, "select watchdog = any (pg_blocking_pids(%s)) from (select %s) q(watchdog)",
+                   [pid, watchdog.info.backend_pid])  # fmt: skip
+        watchdog.commit()
+        run = started.result()
+    assert run.status == "failed"
+    assert pipeline.step(run.run_id, "slow")["error_code"] == "step.timeout"
+
+
+def test_a_timeout_whose_signal_is_refused_is_tried_again(pipeline: Pipeline) -> None:
+    add_gated(pipeline, "slow", timeout_ms=1)
+    pipeline.apply()
+    operator = pipeline.login("etl_operator")
+    received = messages_of(operator)
+    with pipeline.gate() as gate:
+        started = pipeline.start_in_background()  # a superuser's, whom an operator cannot cancel
+        gate.wait_for_arrivals()
+        wait_until(
+            pipeline.conn, "select clock_timestamp() > started_at + interval '1 ms' from etl.procedure_runs"
+        )
+        for _ in range(2):
+            assert operator.execute("select etl.watchdog()").fetchone() == (0,)
+        assert pipeline.column("select timed_out_at from etl.procedure_runs") == [None]
+        assert pipeline.value("select etl.watchdog()") == 1
+        run = started.result()
+    assert len([message for message in received if "may cancel it" in message.text]) == 2
+    assert pipeline.step(run.run_id, "slow")["error_code"] == "step.timeout"
 
 
 def test_the_watchdog_leaves_alone_what_is_in_time_or_has_no_timeout(pipeline: Pipeline) -> None:

@@ -7,9 +7,8 @@ create or replace procedure etl.backfill(
   inout run_id bigint default null, inout status text default null)
 language plpgsql as $$
 declare
-  v_run              record;
-  v_atomic           text;
-  v_application_name text := pg_catalog.current_setting('application_name');
+  v_run    record;
+  v_atomic text;
 begin
   begin commit; exception when invalid_transaction_termination then v_atomic := sqlerrm; end;
   if v_atomic = etl._atomic_message() then perform etl._fail_in_transaction('etl.backfill'); end if;
@@ -19,7 +18,6 @@ begin
   run_id := v_run.run_id;
   if v_run.is_new then
     call etl._walk(v_run.run_id, v_run.lock_key, v_run.pause_ms);
-    perform pg_catalog.set_config('application_name', v_application_name, false);
   end if;
   status := etl._run_status(v_run.run_id);
 end $$;

@@ -27,7 +27,7 @@ begin
     return null;
   elsif not etl._is_alive(v_run) then
     perform etl._fail('PT409', 'run.dead', format('the session that executed run %s is gone', run_id),
-      'nothing is left to cancel: the next etl.start_run records it as abandoned');
+      'nothing is left to cancel: select etl.reap() records it as abandoned');
   end if;
   update etl.runs r
      set cancel_requested_at = coalesce(r.cancel_requested_at, clock_timestamp()), cancel_requested_by = coalesce(r.cancel_requested_by, etl._requester()),

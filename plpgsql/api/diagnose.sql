@@ -77,18 +77,18 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     from (select * from etl.full_refresh_freezes order by freeze_id desc limit 1) f where f.is_frozen
   union all
   select 'run', 'fail', format('run %s of %s is dead: its session (backend %s) is gone', h.run_id, h.pipeline, h.worker_pid),
-         'the next run of the pipeline records it as abandoned: b2s run'
+         'b2s reap records it as abandoned, and so does the next run of the pipeline'
     from etl.run_history h where h.is_dead
   union all
-  select 'run lock', 'fail', format('backend %s holds the run lock of %s but executes nothing', k.pid, l.name),
-         format('its CALL failed in COMMIT; end that session: select pg_terminate_backend(%s)', k.pid)
+  select 'run lock', 'fail', format('backend %s holds the lock under which runs of %s begin, and does nothing', k.pid, l.name),
+         format('end that session: select pg_terminate_backend(%s)', k.pid)
     from pg_catalog.pg_locks k
     join etl.pipelines l on l.pipeline_id::oid = k.objid
    where k.locktype = 'advisory' and k.classid = 6435443 and k.objsubid = 2 and k.granted
      and k.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
      and not exists (select from pg_catalog.pg_locks t where t.pid = k.pid and t.locktype = 'virtualxid')
 $$;
-comment on function etl._diagnose_pipelines() is 'Findings about pipelines: configuration, freeze, dead runs, run locks nobody uses.';
+comment on function etl._diagnose_pipelines() is 'Findings about pipelines: configuration, freeze, dead runs, a lock that somebody sits on.';
 revoke all on function etl._diagnose_pipelines() from public;
 
 create or replace function etl._has_leading_index(relation oid, column_name text) returns boolean

@@ -3,16 +3,14 @@ create or replace procedure etl.resume_run(
   run_id bigint, changed_steps text default null, inout new_run_id bigint default null, inout status text default null)
 language plpgsql as $$
 declare
-  v_run              record;
-  v_atomic           text;
-  v_application_name text := pg_catalog.current_setting('application_name');
+  v_run    record;
+  v_atomic text;
 begin
   begin commit; exception when invalid_transaction_termination then v_atomic := sqlerrm; end;
   if v_atomic = etl._atomic_message() then perform etl._fail_in_transaction('etl.resume_run'); end if;
   commit; set transaction isolation level read committed;
   select * into v_run from etl._begin_resume(run_id, changed_steps);
-  call etl._walk(v_run.run_id, v_run.lock_key);
-  perform pg_catalog.set_config('application_name', v_application_name, false);
+  call etl._walk(v_run.run_id, v_run.lock_key, wants_helpers => true);
   new_run_id := v_run.run_id;
   status := etl._run_status(v_run.run_id);
 end $$;

@@ -6,7 +6,7 @@
 -- It runs with the caller's search_path: operators only between values of one built-in type, the rest as pg_catalog functions,
 -- or an operator that somebody put on that path could run as the caller.
 -- SET TRANSACTION must directly follow the COMMIT: even an IF in between would take a snapshot.
-create or replace procedure etl._walk(run_id bigint, lock_key int, pause_ms int default 0)
+create or replace procedure etl._walk(run_id bigint, lock_key int, pause_ms int default 0, wants_helpers boolean default false)
 language plpgsql as $$
 declare
   v_next         etl.run_scopes;
@@ -15,13 +15,16 @@ declare
   v_delay        float8;
   v_interruption text;
   v_is_held      boolean;
+  v_has_helpers  boolean := false;
 begin
   v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
+  if wants_helpers then v_has_helpers := etl._open_helpers(run_id); end if;
   loop
     v_next := etl._claim(run_id, v_result, pg_catalog.cardinality(v_next.required_by) + pg_catalog.cardinality(v_next.precedes) > 0);
     v_is_held := etl._hold(lock_key);
     if v_next.scope_index is null then
-      commit; v_is_held := pg_catalog.pg_advisory_unlock_shared(6435443, lock_key);
+      commit; v_is_held := pg_catalog.pg_advisory_unlock_shared(6435444, lock_key);
+      if v_has_helpers then perform etl._close_helpers(); end if;
       return;
     end if;
     if v_next.scope_index = 0 then
@@ -62,9 +65,9 @@ begin
     end loop;
   end loop;
 end $$;
-comment on procedure etl._walk(bigint, int, int) is 'Executes the scopes of a run that this session owns until none is left. Called by the engine only.';
-revoke all on procedure etl._walk(bigint, int, int) from public;
-grant execute on procedure etl._walk(bigint, int, int) to etl_operator;
+comment on procedure etl._walk(bigint, int, int, boolean) is 'Executes the scopes of a run that this session owns until none is left. Called by the engine only.';
+revoke all on procedure etl._walk(bigint, int, int, boolean) from public;
+grant execute on procedure etl._walk(bigint, int, int, boolean) to etl_operator;
 
 create or replace procedure etl.start_run(
   mode text default null, procedures text[] default null, groups text[] default null, tags text[] default null,
@@ -77,10 +80,9 @@ create or replace procedure etl.start_run(
   inout run_id bigint default null, inout status text default null)
 language plpgsql as $$
 declare
-  v_request          jsonb;
-  v_run              record;
-  v_atomic           text;
-  v_application_name text := pg_catalog.current_setting('application_name');
+  v_request jsonb;
+  v_run     record;
+  v_atomic  text;
 begin
   begin commit; exception when invalid_transaction_termination then v_atomic := sqlerrm; end;
   if v_atomic = etl._atomic_message() then perform etl._fail_in_transaction('etl.start_run'); end if;
@@ -95,8 +97,7 @@ begin
   select * into v_run from etl._begin_run(v_request);
   run_id := v_run.run_id;
   if v_run.is_new then
-    call etl._walk(v_run.run_id, v_run.pipeline_id);
-    perform pg_catalog.set_config('application_name', v_application_name, false);
+    call etl._walk(v_run.run_id, v_run.lock_key, wants_helpers => true);
   end if;
   status := etl._run_status(v_run.run_id);
 end $$;

@@ -30,6 +30,19 @@ comment on function etl._time_out_steps() is
 revoke all on function etl._time_out_steps() from public;
 grant execute on function etl._time_out_steps() to etl_operator;
 
+-- A statement that nobody here may cancel goes on, and may be cancelled by the next one who looks. Only what this very transaction
+-- has marked: whose signal was sent stays marked.
+create or replace function etl._withdraw_timeout(pid int) returns void
+language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
+  update etl.procedure_runs p set timed_out_at = null
+    from etl.runs r
+   where r.status = 'running' and p.run_id = r.run_id and p.status = 'running' and p.worker_pid = _withdraw_timeout.pid
+     and p.timed_out_at is not null and p.xmin = pg_current_xact_id_if_assigned()::xid
+$$;
+comment on function etl._withdraw_timeout(int) is 'Takes back the mark that etl._time_out_steps has set in this transaction on the steps of a backend.';
+revoke all on function etl._withdraw_timeout(int) from public;
+grant execute on function etl._withdraw_timeout(int) to etl_operator;
+
 create or replace function etl.watchdog() returns int
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -40,6 +53,7 @@ begin
     if etl._cancel_statement(v_pid) then
       v_count := v_count + 1;
     else
+      perform etl._withdraw_timeout(v_pid);
       raise warning 'the timeout of the step of backend % has passed, but neither % nor etl_owner may cancel it', v_pid, current_user
         using hint = 'grant pg_signal_backend to etl_owner; the statements of a superuser only a superuser may cancel';
     end if;

@@ -4,9 +4,8 @@
 create or replace procedure etl.work(pipeline text default null, run_id bigint default null, inout executed int default null)
 language plpgsql as $$
 declare
-  v_run              record;
-  v_atomic           text;
-  v_application_name text := pg_catalog.current_setting('application_name');
+  v_run    record;
+  v_atomic text;
 begin
   begin commit; exception when invalid_transaction_termination then v_atomic := sqlerrm; end;
   if v_atomic = etl._atomic_message() then perform etl._fail_in_transaction('etl.work'); end if;
@@ -16,7 +15,6 @@ begin
     select * into v_run from etl._enlist(pipeline, run_id);
     exit when v_run.run_id is null;
     call etl._walk(v_run.run_id, v_run.lock_key, v_run.pause_ms);
-    perform pg_catalog.set_config('application_name', v_application_name, false);
     executed := pg_catalog.int4pl(executed, 1);
   end loop;
 end $$;

@@ -35,8 +35,7 @@ begin
     perform etl._fail('PT422', 'backfill.not_a_backfill', format('run %s is not a backfill', v_id),
       'a run needs no resume: call etl.start_run() begins at the watermarks, as they were committed');
   end if;
-  -- One whose lock this session itself holds has died in a COMMIT that failed: here it asks for the next one.
-  select * into v_active from etl._backfill_family(v_run) f where etl._is_alive(f) and f.worker_pid <> pg_backend_pid() limit 1;
+  select * into v_active from etl._backfill_family(v_run) f where etl._is_alive(f) limit 1;
   if v_active.run_id is not null then
     perform etl._fail('PT409', 'run.active', format('backfill %s is active', v_active.run_id),
       format('wait for it, or stop it: select etl.cancel_run(%s, reason => ''...'')', v_active.run_id),
@@ -177,6 +176,7 @@ begin
   run_id := v_run.run_id;
   is_new := run_id is null;
   if not is_new then return; end if;
+  perform etl._drop_holds();
   if not pg_try_advisory_xact_lock_shared(6435443, 0) then
     perform etl._fail('PT409', 'install.active', 'b2s is being upgraded in this database', 'try again in a moment');
   end if;
@@ -184,10 +184,9 @@ begin
     perform from etl.runs r where r.run_id = (_begin_backfill.request->>'resume')::bigint for update;
     v_parent := etl._resumable(request);
   end if;
-  perform etl._abandon_backfills(coalesce(v_parent.pipeline_id, (etl._pipeline(request->>'pipeline')).pipeline_id));
+  perform etl._abandon_dead_runs(coalesce(v_parent.pipeline_id, (etl._pipeline(request->>'pipeline')).pipeline_id));
   v_run := etl._create_backfill(request, v_parent);
   run_id := v_run.run_id; lock_key := etl._lock_key(v_run); pause_ms := v_run.pause_ms;
-  if not pg_try_advisory_xact_lock(6435443, lock_key) then perform etl._fail_not_owned(run_id); end if;
 end $$;
 comment on function etl._begin_backfill(jsonb) is
   'Plans a backfill and stores it as a run owned by this session, or finds the one that has the same idempotency key. Raises what etl.backfill raises.';

@@ -25,7 +25,7 @@ revoke all on function etl._check_graph(jsonb) from public;
 create or replace function etl._check_config(config jsonb) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_problems jsonb := etl._relation_problems(config);
+  v_problems jsonb := etl._relation_problems(config) || etl._helper_problems(config);
 begin
   v_problems := v_problems || (
     select coalesce(jsonb_agg(e.problem), '[]')

@@ -126,24 +126,25 @@ revoke all on function etl._open_steps(etl.runs, etl.run_scopes) from public;
 create or replace function etl._take_scope(run etl.runs, scope etl.run_scopes) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_name       text;
+  v_is_taken   boolean;
   v_has_window boolean;
 begin
   if scope.kind = 'refresh' then
     update etl.mv_refreshes m set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
-     where m.run_id = run.run_id and m.scope_index = scope.scope_index and m.status = 'pending'
-    returning m.mv_name into v_name;
+     where m.run_id = run.run_id and m.scope_index = scope.scope_index and m.status = 'pending';
+    v_is_taken := found;
   else
     update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
      where p.run_id = run.run_id and p.order_index = scope.first_order_index and p.attempt = scope.attempt and p.status = 'pending'
-    returning p.procedure_name, p.watermark_strategy is not null into v_name, v_has_window;
-    if v_name is not null and scope.first_order_index < scope.last_order_index then
+    returning p.watermark_strategy is not null into v_has_window;
+    v_is_taken := found;
+    if v_is_taken and scope.first_order_index < scope.last_order_index then
       update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
        where p.run_id = run.run_id and p.order_index > scope.first_order_index and p.order_index <= scope.last_order_index
          and p.attempt = scope.attempt;
       v_has_window := true;
     end if;
-    if v_has_window or v_name is not null and current_setting('b2s.progress', true) = 'json' then
+    if v_has_window or v_is_taken and current_setting('b2s.progress', true) = 'json' then
       perform etl._open_steps(run, scope);
       -- Steps whose window holds no row may have been skipped; when nothing is left of the scope, what waits for it goes on.
       if not exists (select from etl.procedure_runs p
@@ -154,8 +155,7 @@ begin
       end if;
     end if;
   end if;
-  if v_name is null then return false; end if;
-  return set_config('application_name', format('b2s run %s %s', run.run_id, v_name), false) is not null;
+  return v_is_taken;
 end $$;
 comment on function etl._take_scope(etl.runs, etl.run_scopes) is
   'Marks the steps or the refresh of a scope running in this session and fixes windows; false when another session was faster, or nothing was left to run.';

@@ -4,7 +4,7 @@ create or replace function etl._normalise_config(config jsonb) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object('pipeline', config->'pipeline',
     'settings', jsonb_strip_nulls(jsonb_build_object('description', config->'description', 'max_concurrency', config->'max_concurrency', 'search_path', config->'search_path',
-                                                      'observe_lineage', nullif(config->>'observe_lineage', 'daily'))),
+      'helper_server', config->'helper_server', 'observe_lineage', nullif(config->>'observe_lineage', 'daily'))),
     'groups', (select coalesce(jsonb_object_agg(g->>'name', jsonb_strip_nulls(g)), '{}') from jsonb_array_elements(config->'groups') g),
     'schedules', (select coalesce(jsonb_object_agg(s->>'name', jsonb_strip_nulls(s)), '{}') from jsonb_array_elements(config->'schedules') s),
     'procedures', (select coalesce(jsonb_object_agg(p->>'name', jsonb_strip_nulls(p || jsonb_build_object(
@@ -55,7 +55,7 @@ create or replace function etl._catalog_config(pipeline text) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object('pipeline', l.name,
     'settings', jsonb_strip_nulls(jsonb_build_object('description', l.description, 'max_concurrency', l.max_concurrency, 'search_path', l.search_path,
-                                                      'observe_lineage', nullif(l.observe_lineage, 'daily'))),
+      'helper_server', l.helper_server, 'observe_lineage', nullif(l.observe_lineage, 'daily'))),
     'groups', (select coalesce(jsonb_object_agg(g.name, jsonb_strip_nulls(jsonb_build_object('name', g.name, 'description', g.description))), '{}')
                  from etl.groups g where g.pipeline_id = l.pipeline_id and g.is_active),
     'schedules', (select coalesce(jsonb_object_agg(s.name, s.definition), '{}') from etl.schedules s where s.pipeline_id = l.pipeline_id and s.is_active),

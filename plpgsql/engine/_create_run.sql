@@ -138,14 +138,15 @@ end $$;
 comment on function etl._insert_steps(bigint, etl.plan_item[]) is 'Stores the steps and refreshes of a plan.';
 revoke all on function etl._insert_steps(bigint, etl.plan_item[]) from public;
 
--- The caller holds the run's lock, so a run still 'running' has no living worker: what it did is recorded, what it did not is over.
-create or replace function etl._abandon_run(run_id bigint) returns void
+-- A run in status 'running' that no living session executes: what it did is recorded, what it did not is over. Its row is locked
+-- before that is judged, and whoever joins a run locks its row too.
+create or replace function etl._abandon_if_dead(run_id bigint) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_run etl.runs;
 begin
-  select * into v_run from etl.runs r where r.run_id = _abandon_run.run_id and r.status = 'running' for update;
-  if not found then return; end if;
+  select * into v_run from etl.runs r where r.run_id = _abandon_if_dead.run_id and r.status = 'running' for update;
+  if not found or etl._living_workers(v_run) <> '{}' then return false; end if;
   update etl.procedure_runs p
      set status = 'abandoned', ended_at = clock_timestamp(), duration_ms = extract(epoch from clock_timestamp() - p.started_at) * 1000
    where p.run_id = v_run.run_id and p.ended_at is null;
@@ -153,7 +154,7 @@ begin
    where m.run_id = v_run.run_id and m.ended_at is null;
   update etl.runs r
      set status = 'abandoned', ended_at = clock_timestamp(), error_code = 'run.abandoned',
-         error_message = format('the session that executed the run (backend %s) is gone: it was ended, or the server stopped', v_run.worker_pid)
+         error_message = format('the session that executed the run (backend %s) is gone: it was interrupted or ended, or the server stopped', v_run.worker_pid)
    where r.run_id = v_run.run_id;
   if v_run.kind = 'backfill' then
     raise warning 'backfill % was abandoned: its session is gone; what it committed stays, the rest was rolled back', v_run.run_id
@@ -161,35 +162,19 @@ begin
   else
     raise warning 'run % was abandoned: its session is gone; what it committed stays, the rest was rolled back', v_run.run_id;
   end if;
+  return true;
 end $$;
-comment on function etl._abandon_run(bigint) is 'Marks a run whose worker died as abandoned. The caller holds its lock.';
-revoke all on function etl._abandon_run(bigint) from public;
+comment on function etl._abandon_if_dead(bigint) is 'Marks a run or backfill whose sessions are all gone as abandoned; false when it is alive, or has ended.';
+revoke all on function etl._abandon_if_dead(bigint) from public;
 
--- The caller holds the run lock of the pipeline. A backfill has a lock of its own: one that can be taken is dead, or has just ended.
-create or replace function etl._abandon_orphans(pipeline_id int) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-  v_run etl.runs;
-begin
-  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_orphans.pipeline_id and r.status = 'running' and r.kind = 'run' loop
-    perform etl._abandon_run(v_run.run_id);
-  end loop;
-  perform etl._abandon_backfills(pipeline_id);
-end $$;
-comment on function etl._abandon_orphans(int) is 'Marks runs and backfills whose worker died as abandoned. The caller holds the run lock of the pipeline.';
-revoke all on function etl._abandon_orphans(int) from public;
-
-create or replace function etl._abandon_backfills(pipeline_id int) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-  v_run etl.runs;
-begin
-  for v_run in select * from etl.runs r where r.pipeline_id = _abandon_backfills.pipeline_id and r.status = 'running' and r.kind = 'backfill' loop
-    if pg_try_advisory_xact_lock(6435443, etl._lock_key(v_run)) then perform etl._abandon_run(v_run.run_id); end if;
-  end loop;
-end $$;
-comment on function etl._abandon_backfills(int) is 'Marks backfills of a pipeline whose worker died as abandoned.';
-revoke all on function etl._abandon_backfills(int) from public;
+create or replace function etl._abandon_dead_runs(pipeline_id int) returns int
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  select count(*) filter (where etl._abandon_if_dead(q.run_id))
+    from (select r.run_id from etl.runs r
+           where r.status = 'running' and (r.pipeline_id = _abandon_dead_runs.pipeline_id or _abandon_dead_runs.pipeline_id is null) order by r.run_id) q
+$$;
+comment on function etl._abandon_dead_runs(int) is 'Marks the dead runs and backfills of a pipeline, null: of all, as abandoned; returns how many.';
+revoke all on function etl._abandon_dead_runs(int) from public;
 
 -- Queued: only what was asked for. It is planned again when a worker takes it up.
 create or replace function etl._create_run(request jsonb, pipeline_id int, max_concurrency int, items etl.plan_item[], is_queued boolean default false)
@@ -241,29 +226,27 @@ begin
       'use a new key for a new request', jsonb_build_object('run_id', v_known.run_id, 'request', v_known.request));
   end if;
   -- Who asks again because the session died learns that it did.
-  if v_known.status = 'running' and not etl._is_alive(v_known) and pg_try_advisory_xact_lock(6435443, etl._lock_key(v_known)) then
-    perform etl._abandon_run(v_known.run_id);
-  end if;
+  perform etl._abandon_if_dead(v_known.run_id);
   return v_known;
 end $$;
 comment on function etl._known_run(jsonb) is 'The run that the idempotency key of a request already has, or null. Raises PT409 idempotency_key.reused.';
 revoke all on function etl._known_run(jsonb) from public;
 
 -- From a request to a run that this session owns, or to the run that the same idempotency key already has.
-create or replace function etl._begin_run(request jsonb, out run_id bigint, out pipeline_id int, out status text, out is_new boolean)
+create or replace function etl._begin_run(request jsonb, out run_id bigint, out lock_key int, out status text, out is_new boolean)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_known etl.runs := etl._known_run(request);
   v_plan  record;
 begin
   if v_known.run_id is not null then
-    run_id := v_known.run_id; pipeline_id := v_known.pipeline_id; status := etl._run_status(v_known.run_id); is_new := false;
+    run_id := v_known.run_id; status := etl._run_status(v_known.run_id); is_new := false;
     return;
   end if;
   v_plan := etl._plan(request);
   perform etl._acquire(v_plan.pipeline_id);
-  perform etl._abandon_orphans(v_plan.pipeline_id);
-  run_id := etl._create_run(request, v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items); pipeline_id := v_plan.pipeline_id; status := 'running'; is_new := true;
+  run_id := etl._create_run(request, v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items); status := 'running'; is_new := true;
+  lock_key := (select etl._lock_key(r) from etl.runs r where r.run_id = _begin_run.run_id);
 end $$;
 comment on function etl._begin_run(jsonb) is
   'Plans a request and stores it as a run owned by this session. Raises PT409 idempotency_key.reused or run.active.';

@@ -48,6 +48,7 @@ begin
   perform etl._check_owner(run_id);
   select * into strict v_refresh from etl.mv_refreshes m
    where m.run_id = _execute_refresh.run_id and m.scope_index = _execute_refresh.scope_index and m.status = 'running' and m.worker_pid = pg_backend_pid();
+  perform set_config('application_name', format('b2s run %s %s', run_id, v_refresh.mv_name), true);
   begin
     v_done := etl._refresh(v_refresh.mv_name, v_refresh.concurrency);
     update etl.mv_refreshes m

@@ -158,7 +158,8 @@ declare
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
   -- They are claimed by a backend of this number; that it is this very session, the run lock tells.
-  if v_steps = '{}' or not pg_try_advisory_xact_lock_shared(6435443, v_steps[1].lock_key) then perform etl._fail_not_owned(run_id); end if;
+  if v_steps = '{}' or not pg_try_advisory_xact_lock_shared(6435444, v_steps[1].lock_key) then perform etl._fail_not_owned(run_id); end if;
+  perform set_config('application_name', format('b2s run %s %s', run_id, v_steps[1].procedure_name), true);
   if cardinality(v_steps) > 1 then seen := seen || jsonb_build_object('start', seen->'tables'); end if;
   begin
     if pg_my_temp_schema() <> 0 then perform etl._check_temporary_objects(); end if;

@@ -112,7 +112,7 @@ revoke all on function etl._oldest_transaction() from public;
 -- The clock comes first: whoever begins after it was read writes later timestamps. Then the sessions, then the prepared
 -- transactions: one that was prepared between the two is still counted as a session. The margin of one second is for a
 -- writer that took its time and was interrupted before it could show it.
-create or replace function etl._safe_timestamp(sources text[], wait_ms int, out bound timestamptz, out held_back_by text)
+create or replace function etl._safe_timestamp(sources text[], wait_ms int, out bound timestamptz, out held_back_by text, out is_general boolean)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_clock    timestamptz := clock_timestamp();
@@ -132,7 +132,8 @@ begin
     end if;
     perform pg_sleep(0.005);
   end loop;
-  if exists (select from pg_catalog.pg_prepared_xacts x where x.database = current_database()) then
+  is_general := not exists (select from pg_catalog.pg_prepared_xacts x where x.database = current_database());
+  if not is_general then
     v_tables := etl._source_tables(sources);
     v_prepared := array(select w.vxid from etl._writers(v_tables) w where w.pid is null);
     while exists (select from etl._writers(v_tables) w where w.vxid = any (v_prepared)) loop
@@ -149,9 +150,42 @@ begin
   if v_oldest.started_at < v_clock - interval '5 seconds' then held_back_by := etl._describe_holder(v_oldest.pid); end if;
 end $$;
 comment on function etl._safe_timestamp(text[], int) is
-  'A time below which no row with now() can still be committed; -infinity while a prepared transaction makes that unknown. Waits at most wait_ms. '
+  'A time below which no row with now() can still be committed; -infinity while a prepared transaction makes that unknown; is_general: in any source. Waits at most wait_ms. '
   'Raises PT403 watermark.hidden_session when sessions hide since when they are in a transaction.';
 revoke all on function etl._safe_timestamp(text[], int) from public;
+
+-- A bound stays one for ever, so the steps of a run share theirs for a moment: looking at a thousand sessions takes longer than
+-- many a step. One row a pipeline, as one of its runs is active at a time. A worker that finds it locked, by another one that is
+-- just noting its own, goes on without: nobody waits here.
+create or replace function etl._recent_horizon(run_id bigint, out bound timestamptz, out held_back_by text)
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select h.bound, h.held_back_by
+    from etl.recent_horizons h
+   where h.pipeline_id = (select r.pipeline_id from etl.runs r where r.run_id = _recent_horizon.run_id) and h.run_id = _recent_horizon.run_id
+     and h.noted_at between clock_timestamp() - interval '250 ms' and clock_timestamp()
+$$;
+comment on function etl._recent_horizon(bigint) is 'The safe timestamp that a step of the same run computed in the last quarter of a second, or null.';
+revoke all on function etl._recent_horizon(bigint) from public;
+
+create or replace function etl._note_horizon(run_id bigint, noted_at timestamptz, bound timestamptz, held_back_by text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_pipeline_id int := (select r.pipeline_id from etl.runs r where r.run_id = _note_horizon.run_id);
+begin
+  -- In a rehearsal of another isolation level a row that others have changed cannot even be looked at.
+  if v_pipeline_id is null or current_setting('transaction_isolation') <> 'read committed' then return; end if;
+  perform from etl.recent_horizons h where h.pipeline_id = v_pipeline_id for update skip locked;
+  if found then
+    update etl.recent_horizons h
+       set run_id = _note_horizon.run_id, noted_at = _note_horizon.noted_at, bound = _note_horizon.bound, held_back_by = _note_horizon.held_back_by
+     where h.pipeline_id = v_pipeline_id;
+  elsif not exists (select from etl.recent_horizons h where h.pipeline_id = v_pipeline_id) then
+    insert into etl.recent_horizons (pipeline_id, run_id, noted_at, bound, held_back_by)
+    values (v_pipeline_id, _note_horizon.run_id, _note_horizon.noted_at, _note_horizon.bound, _note_horizon.held_back_by) on conflict do nothing;
+  end if;
+end $$;
+comment on function etl._note_horizon(bigint, timestamptz, timestamptz, text) is 'Keeps a safe timestamp for the next steps of the same run.';
+revoke all on function etl._note_horizon(bigint, timestamptz, timestamptz, text) from public;
 
 -- Partitions that the planner left out are not locked, and cannot hold the value that was looked for.
 create or replace function etl._read_tables() returns oid[]
@@ -285,10 +319,11 @@ comment on function etl._safe_snapshot() is 'This moment as a snapshot in which 
 revoke all on function etl._safe_snapshot() from public;
 
 -- Everything a strategy knows about how far may be read. The bound is exclusive, in the strategy's type, as text.
-create or replace function etl._upper_bound(strategy text, state_key text, sources text[], delay_ms int, wait_ms int,
+create or replace function etl._upper_bound(strategy text, state_key text, sources text[], delay_ms int, wait_ms int, run_id bigint default null,
   out bound text, out held_back_by text, out fence jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
+  v_clock  timestamptz := clock_timestamp();
   v_safe   record;
   v_newest timestamptz;
   v_shared record;
@@ -301,7 +336,11 @@ begin
   delay_ms := greatest(delay_ms, v_shared.delay_ms);
   case strategy
     when 'timestamp' then
-      v_safe := etl._safe_timestamp(sources, least(wait_ms, 1000));
+      select h.* into v_safe from etl._recent_horizon(run_id) h;
+      if v_safe.bound is null then
+        v_safe := etl._safe_timestamp(sources, least(wait_ms, 1000));
+        if v_safe.is_general then perform etl._note_horizon(run_id, v_clock, v_safe.bound, v_safe.held_back_by); end if;
+      end if;
       -- The newest value is itself to be read: the bound is one tick after it.
       if etl._is_query(sources) then v_newest := coalesce(etl._newest(sources)::timestamptz + interval '1 microsecond', '-infinity'); end if;
       bound := to_jsonb(least(v_safe.bound - delay_ms * interval '1 ms', v_newest)) #>> '{}';
@@ -315,6 +354,7 @@ begin
   end case;
   held_back_by := v_safe.held_back_by;
 end $$;
-comment on function etl._upper_bound(text, text, text[], int, int) is
-  'Exclusive end of what may be read now, a timestamptz, bigint or pg_snapshot as text; what holds it back; and, for ids, what to remember. Waits at most wait_ms.';
-revoke all on function etl._upper_bound(text, text, text[], int, int) from public;
+comment on function etl._upper_bound(text, text, text[], int, int, bigint) is
+  'Exclusive end of what may be read now, a timestamptz, bigint or pg_snapshot as text; what holds it back; and, for ids, what to remember. Waits at most wait_ms. '
+  'run_id: a run for whose steps a bound of a moment ago will do.';
+revoke all on function etl._upper_bound(text, text, text[], int, int, bigint) from public;

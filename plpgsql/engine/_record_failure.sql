@@ -146,6 +146,12 @@ begin
               where w.worker_pid <> pg_backend_pid() and w.worker_pid = any (etl._living_workers(v_run))) then
     perform etl._fail_not_owned(run_id);
   end if;
+  -- Whoever cancelled the step holds its rows until what it has noted can be seen.
+  if failure->>'class' = 'cancelled' then
+    perform from etl.procedure_runs p
+      where p.run_id = v_scope.run_id and p.order_index between v_scope.first_order_index and v_scope.last_order_index and p.attempt = v_scope.attempt
+        for update;
+  end if;
   failure := etl._timed_out(v_scope, failure);
   if failure->>'class' = 'cancelled' and v_run.cancel_requested_at is null then perform etl._note_interruption(run_id, failure->>'message'); end if;
   if v_scope.kind = 'refresh' then

@@ -8,13 +8,11 @@ declare
   v_next   etl.run_scopes;
   v_result jsonb;
   v_seen   jsonb := etl._change_baseline();
-  v_name   text := current_setting('application_name');
 begin
-  perform etl._acquire(v_plan.pipeline_id);
   begin
     -- What the helpers announce is about to be undone.
     perform set_config('client_min_messages', 'error', true);
-    perform etl._abandon_orphans(v_plan.pipeline_id);
+    perform etl._acquire(v_plan.pipeline_id);
     v_run_id := etl._create_run(request - 'idempotency_key', v_plan.pipeline_id, v_plan.max_concurrency, v_plan.items);
     loop
       v_next := etl._claim(v_run_id, v_result, v_next.required_by <> '{}' or v_next.precedes <> '{}');
@@ -29,7 +27,7 @@ begin
     select array_agg(m order by m.scope_index) into refreshes from etl.mv_refreshes m where m.run_id = v_run_id;
     raise exception using errcode = 'PT200', message = 'rehearsal over';
   exception when sqlstate 'PT200' then
-    perform set_config('application_name', v_name, false);
+    null;
   end;
 end $$;
 comment on function etl._rehearse(jsonb) is 'Runs a request and rolls everything back; returns what would have been recorded.';

@@ -15,7 +15,6 @@ begin
     perform etl._fail('PT409', 'run.queued', format('run %s has not begun', wanted_run_id), format('call etl.work(run_id => %s)', wanted_run_id));
   end if;
   perform etl._acquire(v_run.pipeline_id);
-  perform etl._abandon_orphans(v_run.pipeline_id);
   select * into v_run from etl.runs r where r.run_id = wanted_run_id;
   if v_run.status in ('succeeded', 'completed_with_warnings') then
     perform etl._fail('PT409', 'run.nothing_left', format('run %s has %s: nothing is left to do', wanted_run_id, replace(v_run.status, '_', ' ')),

@@ -5,12 +5,12 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_pipeline_id int;
 begin
-  insert into etl.pipelines (name, description, max_concurrency, search_path, observe_lineage)
+  insert into etl.pipelines (name, description, max_concurrency, search_path, helper_server, observe_lineage)
   values (config->>'pipeline', config->>'description', (config->>'max_concurrency')::int, etl._text_array(config->'search_path'),
-          coalesce(config->>'observe_lineage', 'daily'))
+    config->>'helper_server', coalesce(config->>'observe_lineage', 'daily'))
   on conflict (name) do update
     set description = excluded.description, max_concurrency = excluded.max_concurrency, search_path = excluded.search_path,
-        observe_lineage = excluded.observe_lineage
+        helper_server = excluded.helper_server, observe_lineage = excluded.observe_lineage
   returning pipeline_id into v_pipeline_id;
   update etl.groups g set is_active = false
    where g.pipeline_id = v_pipeline_id and g.is_active and g.name not in (select x->>'name' from jsonb_array_elements(config->'groups') x);

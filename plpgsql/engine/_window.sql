@@ -38,7 +38,7 @@ comment on function etl._bound_as_of(text, timestamptz) is 'What was safe to rea
 revoke all on function etl._bound_as_of(text, timestamptz) from public;
 
 -- The window that a step would get now. Writes nothing; etl._fix_window and etl._show_plan share it.
-create or replace function etl._window(procedure etl.procedures, mode text, as_of timestamptz, wait_ms int,
+create or replace function etl._window(procedure etl.procedures, mode text, as_of timestamptz, wait_ms int, run_id bigint default null,
   out since text, out until text, out bound text, out held_back_by text, out fence jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -48,7 +48,7 @@ begin
   select * into v_state from etl.state s where s.state_key = procedure.state_key;
   since := v_state.last_success_watermark;
   if procedure.watermark_strategy = 'xid' and since is not null then perform etl._check_snapshot(v_state); end if;
-  v_upper := etl._upper_bound(procedure.watermark_strategy, procedure.state_key, procedure.watermark_sources, procedure.delay_ms, wait_ms);
+  v_upper := etl._upper_bound(procedure.watermark_strategy, procedure.state_key, procedure.watermark_sources, procedure.delay_ms, wait_ms, run_id);
   bound := v_upper.bound; held_back_by := v_upper.held_back_by; fence := v_upper.fence;
   until := bound;
   if as_of < clock_timestamp() then
@@ -65,12 +65,13 @@ begin
   if etl._is_after(procedure.watermark_strategy, since, until) then until := since; end if;
   if mode = 'full' then since := null; end if;
 end $$;
-comment on function etl._window(etl.procedures, text, timestamptz, int) is
-  'The window of a step, what is safe to read, and what holds that back. An as_of at or before the watermark gives an empty window. Waits at most wait_ms.';
-revoke all on function etl._window(etl.procedures, text, timestamptz, int) from public;
+comment on function etl._window(etl.procedures, text, timestamptz, int, bigint) is
+  'The window of a step, what is safe to read, and what holds that back. An as_of at or before the watermark gives an empty window. Waits at most wait_ms. '
+  'run_id: a run for whose steps a bound of a moment ago will do.';
+revoke all on function etl._window(etl.procedures, text, timestamptz, int, bigint) from public;
 
 -- Tables that an earlier step of this run has written are read up to that step's rows: this waits out the margin, a second.
-create or replace function etl._await_margin(run_id bigint, procedure etl.procedures) returns void
+create or replace function etl._await_margin(run_id bigint, procedure etl.procedures) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_wait interval := (
@@ -81,8 +82,10 @@ declare
        and p.table_counts ?| array(select format('%I.%I', i[1], i[2]) from (select parse_ident(s) from unnest(procedure.watermark_sources) s) x(i)));
 begin
   if v_wait between interval '0' and interval '2 seconds' then perform pg_sleep_for(v_wait); end if;
+  return v_wait is not null;
 end $$;
-comment on function etl._await_margin(bigint, etl.procedures) is 'Waits until what earlier steps of the run wrote into the sources of a procedure is safe to read.';
+comment on function etl._await_margin(bigint, etl.procedures) is
+  'Waits until what earlier steps of the run wrote into the sources of a procedure is safe to read; false when none did.';
 revoke all on function etl._await_margin(bigint, etl.procedures) from public;
 
 -- Whether any row of the sources lies in a window; with a query as source, whether the window has any length.
@@ -115,6 +118,7 @@ declare
   v_window    record;
   v_shared    text;
   v_since     text;
+  v_is_fed    boolean;
   v_sqlstate  text; v_message text; v_detail text; v_hint text;
 begin
   select * into strict v_step from etl.procedure_runs p
@@ -135,8 +139,8 @@ begin
       perform etl._set_window(v_step, v_procedure, v_since, v_shared, null);
       return;
     end if;
-    if v_step.watermark_strategy = 'timestamp' and not etl._is_query(v_procedure.watermark_sources) then perform etl._await_margin(run.run_id, v_procedure); end if;
-    v_window := etl._window(v_procedure, v_step.mode, run.as_of, 1000);
+    v_is_fed := v_step.watermark_strategy = 'timestamp' and not etl._is_query(v_procedure.watermark_sources) and etl._await_margin(run.run_id, v_procedure);
+    v_window := etl._window(v_procedure, v_step.mode, run.as_of, 1000, case when not v_is_fed then run.run_id end);
     perform etl._set_window(v_step, v_procedure, v_window.since, v_window.until, v_window.held_back_by);
     perform etl._note_bound(v_step, v_window.bound, v_window.fence);
   exception when query_canceled or assert_failure or others then

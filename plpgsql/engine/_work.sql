@@ -40,21 +40,30 @@ begin
   if not found then return false; end if;
   v_alive := etl._living_workers(run);
   if v_alive = '{}' or cardinality(v_alive) >= run.max_concurrency or pg_backend_pid() = any (v_alive)
-     or not pg_try_advisory_xact_lock_shared(6435443, 0) then
+     or not pg_try_advisory_xact_lock_shared(6435443, 0) or not pg_try_advisory_xact_lock_shared(6435444, etl._lock_key(run)) then
     return false;
   end if;
-  -- Whoever begins the run lets go of its row a moment before it lets go of the lock that it has taken exclusively.
-  for i in 1 .. 20 loop
-    exit when pg_try_advisory_xact_lock_shared(6435443, etl._lock_key(run));
-    if i = 20 then return false; end if;
-    perform pg_sleep(0.005);
-  end loop;
   insert into etl.run_workers (run_id, pid) values (run.run_id, pg_backend_pid())
   on conflict on constraint run_workers_pkey do update set joined_at = clock_timestamp();
   return true;
 end $$;
 comment on function etl._join_run(etl.runs) is 'Makes this session a worker of an active run; false when it has as many as it may have, or is dead.';
 revoke all on function etl._join_run(etl.runs) from public;
+
+-- Another session that asks to begin a run, and is refused, holds the lock for a moment.
+create or replace function etl._may_begin(pipeline_id int) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  for i in 1 .. 20 loop
+    exit when pg_try_advisory_xact_lock(6435443, pipeline_id);
+    if i = 20 then return false; end if;
+    perform pg_sleep(0.005);
+  end loop;
+  perform etl._abandon_dead_runs(pipeline_id);
+  return not exists (select from etl.runs r where r.pipeline_id = _may_begin.pipeline_id and r.status = 'running' and r.kind = 'run');
+end $$;
+comment on function etl._may_begin(int) is 'Makes this transaction the only one that may begin a run of a pipeline; false when there is another one, or an active run.';
+revoke all on function etl._may_begin(int) from public;
 
 -- What there is to do: the active run, else the oldest that waits. Null run_id: nothing, or nothing that this session may do.
 create or replace function etl._enlist(pipeline text, wanted_run_id bigint, out run_id bigint, out lock_key int, out pause_ms int)
@@ -69,7 +78,7 @@ begin
     if not found then perform etl._fail('PT404', 'run.unknown', format('there is no run %s', wanted_run_id), 'which there are: select * from etl.run_history'); end if;
   end if;
   v_pipeline_id := coalesce(v_wanted.pipeline_id, (etl._pipeline(pipeline)).pipeline_id);
-  perform etl._drop_holds(v_pipeline_id);
+  perform etl._drop_holds();
   select * into v_run from etl.runs r where r.pipeline_id = v_pipeline_id and r.status = 'running' and r.kind = 'run';
   if v_run.run_id is null then
     -- Another worker may just be taking up the oldest one: wait until it has, and help it.
@@ -85,8 +94,7 @@ begin
        where r.pipeline_id = v_pipeline_id and r.status = 'queued' and (r.run_id = wanted_run_id or wanted_run_id is null)
        order by r.run_id for update skip locked
     loop
-      exit when not pg_try_advisory_xact_lock_shared(6435443, 0) or not pg_try_advisory_xact_lock(6435443, v_pipeline_id);
-      perform etl._abandon_orphans(v_pipeline_id);
+      exit when not pg_try_advisory_xact_lock_shared(6435443, 0) or not etl._may_begin(v_pipeline_id);
       if etl._start_queued(v_run) then
         run_id := v_run.run_id;
         exit;

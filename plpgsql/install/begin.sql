@@ -134,14 +134,16 @@ begin
       hint = 'upgrade the b2s package instead: pip install --upgrade b2s';
   end if;
   if to_regclass('etl.runs') is not null then
-    -- A run whose advisory lock nobody holds is dead and does not stand in the way.
+    -- A run whose advisory lock nobody holds is dead and does not stand in the way. Up to 0.1.0 it was the lock of the pipeline.
     execute $q$
-      select string_agg(format('%s (backend %s)', r.run_id, l.pid), ', ')
+      select string_agg(distinct format('%s (backend %s)', r.run_id, l.pid), ', ')
         from etl.runs r
-        join pg_catalog.pg_locks l on l.locktype = 'advisory' and l.classid = 6435443
-         and l.objid = (case r.kind when 'backfill' then -(r.run_id % 2147483647)::int else r.pipeline_id end)::oid
+        cross join lateral (values (6435444, case r.kind when 'backfill' then -1 else 1 end * (r.run_id % 2147483647)::int),
+                                   (6435443, case r.kind when 'backfill' then -(r.run_id % 2147483647)::int else r.pipeline_id end)) k(class, key)
+        join pg_catalog.pg_locks l on l.locktype = 'advisory' and l.classid = k.class::oid and l.objid = k.key::oid
          and l.objsubid = 2 and l.granted and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
-       where r.status = 'running' $q$ into v_active;
+        left join lateral pg_catalog.pg_stat_get_activity(l.pid) a on true
+       where r.status = 'running' and a.state is distinct from 'idle' $q$ into v_active;
     if v_active is not null then
       raise exception using errcode = 'PT409',
         message = format('run %s is active: its routines cannot be replaced under it', v_active),

@@ -508,6 +508,10 @@ class Config(Model):
     search_path: Identifiers = Field(
         default=(), description="Schemas on the search_path of every step, after pg_catalog."
     )
+    helper_server: Identifier | None = Field(
+        default=None,
+        description="Foreign server of dblink through which a plain CALL opens further sessions.",
+    )
     defaults: Defaults = Field(
         default=Defaults(), description="Settings of every procedure that does not say otherwise."
     )

@@ -20,11 +20,12 @@ from b2s.retry import backoff
 PATIENCE: Final = 0.2
 """Seconds that a run must have lasted before anybody is opened for it."""
 _WATCHED_EVERY: Final = 1.0
+# A scope that waits for nothing is ready or running, and is passed when it has ended.
 _LOOK: Final = """
 select case r.kind when 'run' then r.max_concurrency else 1 end,
-       (select count(distinct p.scope_index) from etl.procedure_runs p
-         where p.run_id = r.run_id and p.ended_at is null)
-       + (select count(*) from etl.mv_refreshes m where m.run_id = r.run_id and m.ended_at is null),
+       (select count(*) from etl.run_scopes s
+         where s.run_id = r.run_id and s.remaining_dependencies = 0 and not s.is_passed
+           and s.kind <> 'barrier'),
        exists (select from etl.procedure_runs p
                 where p.run_id = r.run_id and p.ended_at is null and p.settings ? 'timeout_ms')
   from etl.runs r where r.run_id = %s and r.status = 'running'"""
@@ -49,7 +50,7 @@ class Crew:
         self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
         self._helping: dict[int, Connection] = {}
-        self._is_manned = False
+        self._helpers = 0
 
     def start(self) -> None:
         """Returns at once; everything else happens in threads."""
@@ -88,18 +89,14 @@ class Crew:
                     self._say(f"the session that sees to timeouts and helpers is gone: {error}; trying again")
 
     def _watch(self, connection: Connection) -> None:
-        """Opens the helpers, then cancels statements whose time is up, as long as there may be any."""
-        row = connection.execute(_LOOK, [self._run_id]).fetchone()
-        if row is None:
-            return
-        allowed, open_scopes, has_timeouts = row
-        if not self._is_manned:
-            self._is_manned = True
-            most = min(allowed, allowed if self._workers is None else self._workers, open_scopes)
-            for number in range(1, most):
+        """Opens a helper for whatever can be executed at once, and cancels statements whose time is up."""
+        while (row := connection.execute(_LOOK, [self._run_id]).fetchone()) is not None:
+            allowed, at_once, has_timeouts = row
+            if has_timeouts:
+                connection.execute("select etl.watchdog()")
+            for number in range(self._helpers + 1, min(allowed, self._workers or allowed, at_once)):
+                self._helpers = number
                 self._spawn(lambda number=number: self._help(number), f"b2s helper {number}")  # type: ignore[misc]
-        while has_timeouts:
-            connection.execute("select etl.watchdog()")
             if self._is_over.wait(_WATCHED_EVERY):
                 return
 

@@ -18,7 +18,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ def sessions(database: Database, idle: int, busy: int) -> Iterator[None]:
 def measure_horizon(database: Database, count: int, steps: int = 100, turns: int = 15) -> None:
     pipelines = {name: configure_steps(database, name, steps) for name in (None, *STRATEGIES)}
     print(
-        f"milliseconds per step, {steps} steps, the fastest of {turns} runs; added: by the window", flush=True
+        f"milliseconds per step, {steps} steps, the fastest of {turns} runs; added: by the window",
+        flush=True,
     )
     for idle, busy in ((0, 0), (count, 0), (count - count // 10, count // 10)):
         with sessions(database, idle, busy):
@@ -250,24 +251,39 @@ def measure_backlog(database: Database, rows: int, pairs: int) -> None:
             f"{name}_hand",
             f"b.{COLUMN[strategy]} <= '{bound}'" if bound else "b.etl_xid < pg_current_xact_id()",
         )
-        ratios: dict[str, list[float]] = {shape: [] for shape in readers}
+        ratios: dict[str, list[tuple[float, float]]] = {shape: [] for shape in readers}
         for turn in range(pairs + 1):
             order = ["hand", *readers] if turn % 2 else [*readers, "hand"]
             taken = {one: backlog_turn(database, readers, name, one, by_hand, rows) for one in order}
             if turn:
                 for shape, values in ratios.items():
-                    values.append(taken[shape] / taken["hand"])
-        spread = ", ".join(
-            f"{shape} {statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
-            for shape, values in ratios.items()
-        )
-        print(f"{strategy}: {rows} rows, by hand {taken['hand']:.2f} s; b2s / by hand: {spread}", flush=True)
+                    elapsed, busy = (
+                        ours / hand for ours, hand in zip(taken[shape], taken["hand"], strict=True)
+                    )
+                    values.append((elapsed, busy))
+        print(f"{strategy}: {rows} rows, by hand {taken['hand'][0]:.2f} s; b2s / by hand:")
+        for shape, values in ratios.items():
+            elapsed_all, busy_all = zip(*values, strict=True)
+            print(f"  {shape:6} elapsed {spread(elapsed_all)}, processor {spread(busy_all)}", flush=True)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, minimum and maximum."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def processor_seconds(conn: Connection) -> float:
+    """How long the backend of a session has computed, on Linux; elsewhere how long ago it began."""
+    try:
+        return int(Path(f"/proc/{conn.info.backend_pid}/schedstat").read_text().split()[0]) / 1e9
+    except OSError:
+        return time.perf_counter()
 
 
 def backlog_turn(
     database: Database, readers: dict[str, Pipeline], name: str, shape: str, by_hand: str, rows: int
-) -> float:
-    """Seconds that it takes to read everything into an empty table."""
+) -> tuple[float, float]:
+    """Seconds that it takes to read everything into an empty table, and of those the computing."""
     control = readers["whole"].conn
     control.execute(f"truncate silver.{name}_{shape}".encode())
     control.execute(
@@ -276,12 +292,12 @@ def backlog_turn(
     control.execute("checkpoint")
     with database.connect() as conn:
         conn.execute("select 1")
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), processor_seconds(conn)
         if shape == "hand":
             conn.execute(by_hand.encode())
         else:
             assert readers[shape].start(conn, pipeline=readers[shape].name).status == "succeeded"
-        taken = time.perf_counter() - started
+        taken = time.perf_counter() - started, processor_seconds(conn) - busy
     assert readers["whole"].value(f"select count(*) from silver.{name}_{shape}") == rows
     return taken
 

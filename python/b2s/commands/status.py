@@ -18,8 +18,8 @@ select distinct on (h.pipeline) h.*,
        (select count(distinct s.order_index) from etl.step_history s
          where s.run_id = h.run_id and s.status not in ('pending', 'running', 'retrying')) as ended_steps,
        (select count(distinct l.pid) from pg_catalog.pg_locks l join etl.runs r on r.run_id = h.run_id
-         where h.status = 'running' and l.locktype = 'advisory' and l.classid = 6435443 and l.granted
-           and l.objid = r.pipeline_id::oid and l.objsubid = 2
+         where h.status = 'running' and l.locktype = 'advisory' and l.classid = 6435444 and l.granted
+           and l.objid = etl._lock_key(r)::oid and l.objsubid = 2
            and l.database = (select d.oid from pg_catalog.pg_database d where d.datname = current_database())
        ) as workers
   from etl.run_history h
