@@ -8,7 +8,7 @@ from typing import Any
 
 from b2s.lineage.columns import ColumnReader, without_intermediates
 from b2s.lint.access import HOLE
-from b2s.lint.project import Project, Step
+from b2s.lint.project import Project, Step, calls_of
 from b2s.names import quoted
 
 Tables = Mapping[str, Collection[str]]
@@ -52,10 +52,7 @@ Lookup = Callable[[str], Iterable[Step]]
 
 def lookup_in(project: Project) -> Lookup:
     """Finds routines among those of a project."""
-    by_name: dict[str, list[Step]] = {}
-    for step in project.steps:
-        by_name.setdefault(step.routine.full_name, []).append(step)
-    return lambda name: by_name.get(name, ())
+    return lambda name: project.by_name.get(name, ())
 
 
 class Analysis:
@@ -93,13 +90,8 @@ class Analysis:
 
     def callees(self, step: Step) -> Iterator[Step]:
         """The routines that a routine calls by name, as far as they can be found; overloads all count."""
-        for _, _, visit in step.find("FuncCall"):
-            parts = [part.sval for part in visit.node.funcname]
-            names = [".".join(parts)]
-            if len(parts) == 1:
-                names += [f"{schema}.{parts[0]}" for schema in self._path_of(step)]
-            for name in names:
-                yield from self._lookup(name)
+        for _, name in calls_of(step, self._search_path):
+            yield from self._lookup(name)
 
     def _path_of(self, step: Step) -> tuple[str, ...]:
         return step.routine.search_path or self._search_path
