@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -13,13 +12,13 @@ import pytest
 pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
 
 from b2s import demo
-from b2s.cli import main
 from b2s.config import load_config
 from b2s.configmodel import Config, Procedure
 from b2s.demo.generate import generate
 from b2s.importer.infer import _cycles
 from tests import test_crm_erp as export
 from tests.servers import Connection, Database, Server
+from tests.shell import Shell
 
 CORPUS: Final = Path(__file__).resolve().parent / "import_corpus"
 WAREHOUSE: Final = (CORPUS / "warehouse.sql").read_text(encoding="utf-8")
@@ -44,25 +43,11 @@ TABLES: Final = (
     '"Stage Area"."Raw Copy"', "silver.alerts", "mart.top_customers", "mart.kpis", "mart.kpi_notes", "silver.stg_prices",
 )  # fmt: skip
 
-Cli = Callable[..., str]
-
 
 @pytest.fixture
-def cli(
-    db: Database, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Cli:
+def cli(shell: Shell) -> Shell:
     """`b2s` in an empty folder; what it prints, stderr included."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str, code: int = 0) -> str:
-        capsys.readouterr()
-        result = main(["--dsn", db.dsn, *words])
-        captured = capsys.readouterr()
-        assert result == code, captured.out + captured.err
-        assert "Traceback" not in captured.err
-        return captured.out + captured.err
-
-    return run
+    return shell
 
 
 @pytest.fixture
@@ -106,7 +91,7 @@ def test_the_warehouse_has_thirty_routines() -> None:
 
 
 def test_what_is_imported_runs_as_it_is_and_does_what_was_done_by_hand(
-    warehouse: Connection, server: Server, template: str, cli: Cli
+    warehouse: Connection, server: Server, template: str, cli: Shell
 ) -> None:
     cli("import", *SCHEMAS)
     warehouse.execute(blocks("sql")[0].encode())
@@ -129,7 +114,7 @@ def test_what_is_imported_runs_as_it_is_and_does_what_was_done_by_hand(
     assert sessions == [(2,)]
 
 
-def test_a_second_run_is_clean_of_undeclared_reads(warehouse: Connection, cli: Cli) -> None:
+def test_a_second_run_is_clean_of_undeclared_reads(warehouse: Connection, cli: Shell) -> None:
     """What was inferred from the SQL is what the locks show, but for the circles, which are said."""
     cli("import", *SCHEMAS)
     warehouse.execute(blocks("sql")[0].encode())
@@ -141,7 +126,7 @@ def test_a_second_run_is_clean_of_undeclared_reads(warehouse: Connection, cli: C
     }  # fmt: skip
 
 
-def test_dependencies_types_and_targets(warehouse: Connection, cli: Cli) -> None:
+def test_dependencies_types_and_targets(warehouse: Connection, cli: Shell) -> None:
     cli("import", *SCHEMAS)
     found = procedures()
     needs = {name: sorted(one.dependencies) for name, one in found.items() if one.dependencies}
@@ -174,7 +159,7 @@ def test_dependencies_types_and_targets(warehouse: Connection, cli: Cli) -> None
     }
 
 
-def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, cli: Cli) -> None:
+def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, cli: Shell) -> None:
     cli("import", *SCHEMAS)
     members: dict[str, list[str]] = {}
     for one in config().procedures:
@@ -189,7 +174,7 @@ def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, cli: Cl
 
 
 def test_windows_are_recognised_by_what_is_compared_with_the_arguments(
-    warehouse: Connection, cli: Cli
+    warehouse: Connection, cli: Shell
 ) -> None:
     cli("import", *SCHEMAS)
     watermarks = {
@@ -204,7 +189,7 @@ def test_windows_are_recognised_by_what_is_compared_with_the_arguments(
 
 
 def test_an_overload_and_names_with_quotes_are_named_so_that_the_server_finds_them(
-    warehouse: Connection, cli: Cli
+    warehouse: Connection, cli: Shell
 ) -> None:
     cli("import", *SCHEMAS)
     found = procedures()
@@ -214,7 +199,7 @@ def test_an_overload_and_names_with_quotes_are_named_so_that_the_server_finds_th
     assert config().search_path == ("silver",)
 
 
-def test_every_routine_is_accounted_for(warehouse: Connection, cli: Cli) -> None:
+def test_every_routine_is_accounted_for(warehouse: Connection, cli: Shell) -> None:
     document = json.loads(cli("import", *SCHEMAS, "--json"))
     roles: dict[str, set[str]] = {}
     for one in document["routines"]:
@@ -233,7 +218,7 @@ def test_every_routine_is_accounted_for(warehouse: Connection, cli: Cli) -> None
         assert one["routine"] in text or one["routine"].removesuffix("()") in text, one
 
 
-def test_what_cannot_run_says_why_and_what_to_do(warehouse: Connection, cli: Cli) -> None:
+def test_what_cannot_run_says_why_and_what_to_do(warehouse: Connection, cli: Shell) -> None:
     cli("import", *SCHEMAS)
     text = report()
     for line in (
@@ -245,7 +230,7 @@ def test_what_cannot_run_says_why_and_what_to_do(warehouse: Connection, cli: Cli
         assert line in Path("transformations.yaml").read_text(encoding="utf-8")
 
 
-def test_files_tell_the_same_as_the_database(warehouse: Connection, cli: Cli) -> None:
+def test_files_tell_the_same_as_the_database(warehouse: Connection, cli: Shell) -> None:
     cli("import", *SCHEMAS)
     from_database = procedures()
     cli("import", str(CORPUS / "warehouse.sql"), *SCHEMAS, "--force")
@@ -296,7 +281,7 @@ def data(connection: Connection) -> dict[str, list[str]]:
     return contents(connection, PIECES)
 
 
-def test_a_split_loads_what_the_whole_loaded(monolith: Connection, cli: Cli) -> None:
+def test_a_split_loads_what_the_whole_loaded(monolith: Connection, cli: Shell) -> None:
     notices: list[str] = []
     monolith.add_notice_handler(lambda one: notices.append(one.message_primary or ""))
     monolith.execute("call silver.load_silver()")
@@ -314,7 +299,7 @@ def test_a_split_loads_what_the_whole_loaded(monolith: Connection, cli: Cli) -> 
     assert data(monolith) == expected
 
 
-def test_the_whole_runs_as_it_is_too(monolith: Connection, cli: Cli) -> None:
+def test_the_whole_runs_as_it_is_too(monolith: Connection, cli: Shell) -> None:
     cli("import", "--schema", "silver")
     monolith.execute(blocks("sql")[0].encode())
     cli("sync-config")
@@ -322,7 +307,7 @@ def test_the_whole_runs_as_it_is_too(monolith: Connection, cli: Cli) -> None:
     assert all(data(monolith).values())
 
 
-def test_a_split_says_which_statements_and_what_needs_what(cli: Cli) -> None:
+def test_a_split_says_which_statements_and_what_needs_what(cli: Shell) -> None:
     cli("import", str(CORPUS / "monolith.sql"))
     text = report()
     first = (
@@ -349,7 +334,7 @@ def test_a_split_says_which_statements_and_what_needs_what(cli: Cli) -> None:
          "silver.c: its statements are in routines that are called"),
     ],
 )  # fmt: skip
-def test_what_a_split_cannot_decide_is_said(cli: Cli, statements: str, note: str) -> None:
+def test_what_a_split_cannot_decide_is_said(cli: Shell, statements: str, note: str) -> None:
     Path("x.sql").write_text(
         "create procedure silver.other() language sql as 'insert into silver.c (x) select 2 from bronze.b';\n"
         f"create procedure silver.load() language plpgsql as $$ declare v int; begin {statements} end $$;",
@@ -362,7 +347,7 @@ def test_what_a_split_cannot_decide_is_said(cli: Cli, statements: str, note: str
 # -- what can go wrong --
 
 
-def test_no_file_is_overwritten(cli: Cli) -> None:
+def test_no_file_is_overwritten(cli: Shell) -> None:
     Path("import-report.md").write_text("mine", encoding="utf-8")
     assert "import-report.md is there already" in cli("import", str(CORPUS), code=2)
     assert not Path("transformations.yaml").exists()
@@ -371,12 +356,12 @@ def test_no_file_is_overwritten(cli: Cli) -> None:
     assert Path("transformations.yaml").exists()
 
 
-def test_an_empty_schema_is_said(db: Database, cli: Cli) -> None:
+def test_an_empty_schema_is_said(db: Database, cli: Shell) -> None:
     assert "holds no function or procedure of schema nothing" in cli("import", "--schema", "nothing", code=2)
     assert not Path("transformations.yaml").exists()
 
 
-def test_nothing_that_can_run_is_still_a_report(cli: Cli) -> None:
+def test_nothing_that_can_run_is_still_a_report(cli: Shell) -> None:
     Path("x.sql").write_text(
         "create procedure s.load() language plpgsql as $$ begin insert into s.t select 1; commit; end $$",
         encoding="utf-8",
@@ -386,7 +371,7 @@ def test_nothing_that_can_run_is_still_a_report(cli: Cli) -> None:
     assert "procedures: []" in Path("transformations.yaml").read_text(encoding="utf-8")
 
 
-def test_broken_sql_is_reported_and_hides_nothing(cli: Cli) -> None:
+def test_broken_sql_is_reported_and_hides_nothing(cli: Shell) -> None:
     Path("x.sql").write_text(
         "create function s.a() returns int language plpgsql as $$ begin selec; end $$;\n"
         "create function s.b() returns bigint language sql as $$ with n as (insert into s.t (x) select x from b.t returning 1) select count(*) from n $$;\n"
@@ -398,13 +383,13 @@ def test_broken_sql_is_reported_and_hides_nothing(cli: Cli) -> None:
     assert "`s.a()`: syntax error" in report()
 
 
-def test_yaml_goes_to_stdout_for_a_dash(cli: Cli) -> None:
+def test_yaml_goes_to_stdout_for_a_dash(cli: Shell) -> None:
     out = cli("import", str(CORPUS / "monolith.sql"), "--output", "-")
     assert "  - name: silver.load_silver" in out
     assert not Path("transformations.yaml").exists()
 
 
-def test_routines_of_other_languages_are_named(db: Database, cli: Cli) -> None:
+def test_routines_of_other_languages_are_named(db: Database, cli: Shell) -> None:
     with db.connect() as connection:
         connection.execute(
             "create schema s; create function s.a() returns int language internal as 'pg_backend_pid'"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +11,10 @@ import pytest
 
 pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
 
-from b2s.cli import main
 from b2s.lint import parser
 from tests.pipelines import Pipeline
 from tests.servers import Database
+from tests.shell import Result, Shell
 
 SQL: Final = """
 create table bronze.orders (id bigint, amount numeric);
@@ -37,36 +36,16 @@ procedures:
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a command ended, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
 Cli = Callable[..., Result]
 
 
 @pytest.fixture
-def cli(
-    db: Database, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Cli]:
+def cli(db: Database, shell: Shell) -> Iterator[Cli]:
     """`b2s` in a folder with a configuration that is not applied yet."""
-    monkeypatch.chdir(tmp_path)
     Path("transformations.yaml").write_text(CONFIG, encoding="utf-8")
-
-    def run(*words: str) -> Result:
-        capsys.readouterr()
-        code = main(["--dsn", db.dsn, *words])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return Result(code, captured.out, captured.err)
-
     with Pipeline(db) as pipeline:
         pipeline.sql(SQL)
-        yield run
+        yield shell.result
 
 
 def edges(cli: Cli, *words: str) -> list[tuple[Any, ...]]:

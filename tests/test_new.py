@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from b2s.cli import main
 from b2s.config import load_config
 from b2s.names import KEYWORDS, quoted
 from b2s.scaffold.entry import with_entry
 from b2s.scaffold.source import described
 from tests.servers import Connection, Database
-
-Cli = Callable[..., str]
+from tests.shell import Shell
 
 PATTERNS: Final = ("upsert", "append", "scd2", "snapshot", "delete_insert")
 STRATEGIES: Final = ("timestamp", "id", "xid", "none")
@@ -44,21 +41,9 @@ KEYS: Final = {
 
 
 @pytest.fixture
-def cli(
-    db: Database, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Cli:
+def cli(shell: Shell) -> Shell:
     """`b2s` in an empty folder; what it prints, stderr included."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: str, code: int = 0) -> str:
-        capsys.readouterr()
-        result = main(["--dsn", db.dsn, *words])
-        captured = capsys.readouterr()
-        assert result == code, captured.out + captured.err
-        assert "Traceback" not in captured.err
-        return captured.out + captured.err
-
-    return run
+    return shell
 
 
 @pytest.fixture
@@ -69,12 +54,12 @@ def bronze(db: Database) -> Connection:
     return connection
 
 
-def new(cli: Cli, pattern: str, strategy: str, *more: str, code: int = 0) -> str:
+def new(cli: Shell, pattern: str, strategy: str, *more: str, code: int = 0) -> str:
     key = ["--key", KEYS[pattern]] if KEYS[pattern] else []
     return cli("new", "silver.orders", "--pattern", pattern, "--strategy", strategy, *key, *more, code=code)
 
 
-def first_run(bronze: Connection, cli: Cli, strategy: str) -> None:
+def first_run(bronze: Connection, cli: Shell, strategy: str) -> None:
     """A run of an hour ago, so that rows of a minute ago are new."""
     row = bronze.execute("select (now() - interval '1 hour')::text").fetchone()
     cli("run", *(["--as-of", row[0]] if strategy == "timestamp" and row else []))
@@ -85,7 +70,7 @@ def first_run(bronze: Connection, cli: Cli, strategy: str) -> None:
 
 @pytest.mark.parametrize(("pattern", "strategy"), SENSIBLE)
 def test_lint_finds_nothing_and_the_contract_is_kept(
-    bronze: Connection, cli: Cli, pattern: str, strategy: str
+    bronze: Connection, cli: Shell, pattern: str, strategy: str
 ) -> None:
     pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
     new(cli, pattern, strategy, "--apply")
@@ -111,7 +96,7 @@ def _checks(document: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_upsert_holds_the_newest_row_of_each_key(bronze: Connection, cli: Cli, strategy: str) -> None:
+def test_an_upsert_holds_the_newest_row_of_each_key(bronze: Connection, cli: Shell, strategy: str) -> None:
     new(cli, "upsert", strategy, "--apply")
     cli("sync-config")
     first_run(bronze, cli, strategy)
@@ -127,7 +112,9 @@ def test_an_upsert_holds_the_newest_row_of_each_key(bronze: Connection, cli: Cli
 
 
 @pytest.mark.parametrize("strategy", ["timestamp", "id", "xid"])
-def test_an_old_range_read_again_puts_no_older_row_back(bronze: Connection, cli: Cli, strategy: str) -> None:
+def test_an_old_range_read_again_puts_no_older_row_back(
+    bronze: Connection, cli: Shell, strategy: str
+) -> None:
     new(cli, "upsert", strategy, "--apply")
     cli("sync-config")
     cli("run")
@@ -146,7 +133,7 @@ def test_an_old_range_read_again_puts_no_older_row_back(bronze: Connection, cli:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_history_has_a_version_for_each_change_and_one_that_is_current(
-    bronze: Connection, cli: Cli, strategy: str
+    bronze: Connection, cli: Shell, strategy: str
 ) -> None:
     bronze.execute("truncate bronze.orders")
     insert = "insert into bronze.orders (order_id, line, customer, ingested_at) values ('a', 1, %s, now() - %s::interval)"
@@ -177,7 +164,7 @@ def test_a_history_has_a_version_for_each_change_and_one_that_is_current(
     assert all(is_open == is_current and is_seamless for _, is_current, is_open, is_seamless in versions)
 
 
-def test_a_key_that_is_gone_from_the_source_is_closed(bronze: Connection, cli: Cli) -> None:
+def test_a_key_that_is_gone_from_the_source_is_closed(bronze: Connection, cli: Shell) -> None:
     new(cli, "scd2", "none", "--apply")
     cli("sync-config")
     cli("run")
@@ -187,7 +174,7 @@ def test_a_key_that_is_gone_from_the_source_is_closed(bronze: Connection, cli: C
     assert rows == [(False,)]
 
 
-def test_all_lines_of_a_key_that_changed_are_replaced(bronze: Connection, cli: Cli) -> None:
+def test_all_lines_of_a_key_that_changed_are_replaced(bronze: Connection, cli: Shell) -> None:
     new(cli, "delete_insert", "timestamp", "--apply")
     cli("sync-config")
     first_run(bronze, cli, "timestamp")
@@ -207,7 +194,7 @@ def test_all_lines_of_a_key_that_changed_are_replaced(bronze: Connection, cli: C
     )
 
 
-def test_a_snapshot_is_kept_for_each_day(bronze: Connection, cli: Cli) -> None:
+def test_a_snapshot_is_kept_for_each_day(bronze: Connection, cli: Shell) -> None:
     new(cli, "snapshot", "none", "--apply")
     cli("sync-config")
     cli("run", "--param", "silver.orders.snapshot_on=2026-01-01")
@@ -225,7 +212,7 @@ def test_a_snapshot_is_kept_for_each_day(bronze: Connection, cli: Cli) -> None:
 # -- what is found out --
 
 
-def test_the_source_says_what_was_not_given(bronze: Connection, cli: Cli) -> None:
+def test_the_source_says_what_was_not_given(bronze: Connection, cli: Shell) -> None:
     out = cli("new", "silver.orders", "--pattern", "append", "--stdout")
     assert "p_since pg_snapshot, p_until pg_snapshot" in out, "xid before timestamp"
     assert "on conflict (row_id) do nothing" in out, "the key of the source"
@@ -246,14 +233,14 @@ def test_the_source_says_what_was_not_given(bronze: Connection, cli: Cli) -> Non
     assert not Path("sql").exists()
 
 
-def test_a_target_that_is_there_is_filled_as_it_is(bronze: Connection, cli: Cli) -> None:
+def test_a_target_that_is_there_is_filled_as_it_is(bronze: Connection, cli: Shell) -> None:
     bronze.execute("create table silver.orders (customer text, order_id text unique, extra int)")
     out = cli("new", "silver.orders", "--pattern", "upsert", "--strategy", "timestamp", "--stdout")
     assert "create table" not in out
     assert "insert into silver.orders as t (order_id, customer)" in out
 
 
-def test_a_source_that_a_procedure_fills_is_a_dependency(bronze: Connection, cli: Cli) -> None:
+def test_a_source_that_a_procedure_fills_is_a_dependency(bronze: Connection, cli: Shell) -> None:
     new(cli, "upsert", "timestamp", "--apply")
     cli(
         "new",
@@ -273,7 +260,7 @@ def test_a_source_that_a_procedure_fills_is_a_dependency(bronze: Connection, cli
     assert cli("lineage", "--check") == "what is declared is what was found\n"
 
 
-def test_without_a_database_columns_are_described(cli: Cli) -> None:
+def test_without_a_database_columns_are_described(cli: Shell) -> None:
     out = cli(
         "new", "silver.dim_parts", "--pattern", "upsert", "--columns", 'part_no text, "Weight" numeric(10, 2), loaded_at timestamptz',
         "--key", "part_no", "--stdout", "--dsn", "host=/nowhere",
@@ -304,7 +291,7 @@ def test_without_a_database_columns_are_described(cli: Cli) -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_said(
-    bronze: Connection, cli: Cli, words: list[str], message: str
+    bronze: Connection, cli: Shell, words: list[str], message: str
 ) -> None:
     bronze.execute("create table silver.taken (order_id text, customer text)")
     assert message in cli("new", *words, code=2)
@@ -315,7 +302,7 @@ def test_what_does_not_fit_together_is_said(
 # -- the entry --
 
 
-def test_nothing_is_overwritten(bronze: Connection, cli: Cli) -> None:
+def test_nothing_is_overwritten(bronze: Connection, cli: Shell) -> None:
     new(cli, "upsert", "timestamp")
     before = Path("transformations.yaml").read_text(encoding="utf-8")
     assert "sql/silver.orders.sql is there already" in new(cli, "append", "id", code=2)
@@ -343,7 +330,7 @@ def test_an_entry_is_added_to_the_text_and_everything_else_stays(text: str, expe
     assert with_entry(text, ENTRY) == expected
 
 
-def test_a_list_in_one_line_is_left_alone_and_the_entry_shown(bronze: Connection, cli: Cli) -> None:
+def test_a_list_in_one_line_is_left_alone_and_the_entry_shown(bronze: Connection, cli: Shell) -> None:
     Path("transformations.yaml").write_text(
         "version: 1\nprocedures: [{name: silver.a, type: fact}]\n", encoding="utf-8"
     )
@@ -357,7 +344,9 @@ def test_a_list_in_one_line_is_left_alone_and_the_entry_shown(bronze: Connection
     assert not Path("sql").exists()
 
 
-def test_a_broken_configuration_is_reported_before_anything_is_written(bronze: Connection, cli: Cli) -> None:
+def test_a_broken_configuration_is_reported_before_anything_is_written(
+    bronze: Connection, cli: Shell
+) -> None:
     Path("transformations.yaml").write_text(
         "version: 1\nprocedures:\n  - {name: silver.a, typ: fact}\n", encoding="utf-8"
     )
@@ -391,7 +380,7 @@ def test_columns_are_described_with_types_of_any_form() -> None:
 # -- init --
 
 
-def test_a_new_project_runs(db: Database, cli: Cli) -> None:
+def test_a_new_project_runs(db: Database, cli: Shell) -> None:
     out = cli("init", "shop")
     assert "written: shop/transformations.yaml" in out
     with db.connect() as connection:
@@ -408,14 +397,14 @@ def test_a_new_project_runs(db: Database, cli: Cli) -> None:
     assert schema["title"] == "b2s transformations"
 
 
-def test_a_new_project_is_clean_for_lint(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_project_is_clean_for_lint(cli: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
     cli("init", "shop")
     monkeypatch.chdir("shop")
     assert cli("lint", "sql") == "nothing found in 1 routine of 2 sources\n"
 
 
-def test_a_project_that_is_there_is_left_alone(cli: Cli) -> None:
+def test_a_project_that_is_there_is_left_alone(cli: Shell) -> None:
     cli("init")
     Path("transformations.yaml").write_text("mine", encoding="utf-8")
     assert "transformations.yaml is there already" in cli("init", code=2)

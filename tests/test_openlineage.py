@@ -20,12 +20,12 @@ from openlineage.client.naming.dataset import Postgres
 from openlineage.client.serde import Serde
 from openlineage.client.uuid import generate_static_uuid
 
-from b2s.cli import main
 from b2s.errors import UsageError
 from b2s.lineage.openlineage import static_uuid
 from b2s.lineage.sinks import DeliveryError, HttpSink
 from tests.pipelines import Pipeline
 from tests.servers import Database
+from tests.shell import Shell
 
 Json = dict[str, Any]
 
@@ -134,20 +134,16 @@ def pipeline(db: Database) -> Iterator[Pipeline]:
 
 @dataclass
 class Cli:
-    """`b2s lineage` in this process, against a database."""
+    """`b2s lineage`, and the events that it prints."""
 
-    dsn: str
-    capsys: pytest.CaptureFixture[str]
+    shell: Shell
     err: str = ""
 
     def __call__(self, *words: str, code: int = 0) -> str:
-        self.capsys.readouterr()
-        result = main(["--dsn", self.dsn, "lineage", *words])
-        captured = self.capsys.readouterr()
-        self.err = captured.err
-        assert result == code, captured.err
-        assert "Traceback" not in captured.err
-        return captured.out
+        done = self.shell.result("lineage", *words)
+        self.err = done.err
+        assert done.code == code, done.err
+        return done.out
 
     def events(self, *words: str) -> list[Json]:
         """The events sent, each of which the client accepts."""
@@ -158,8 +154,8 @@ class Cli:
 
 
 @pytest.fixture
-def cli(db: Database, capsys: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(db.dsn, capsys)
+def cli(shell: Shell) -> Cli:
+    return Cli(shell)
 
 
 def kinds(events: list[Json]) -> list[tuple[str, str]]:
