@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,6 +79,14 @@ def test_a_circle_of_reads_and_writes_ends() -> None:
         "└── b  relation",
         "    └── a  relation  (see above)",
     ]
+
+
+def test_a_chain_of_thousands_is_drawn_and_cut_in_a_moment() -> None:
+    names = [f"p{number:05}" for number in range(5000)]
+    graph = Graph({name: Node(name, "procedure") for name in names})
+    graph.edges = [Edge(one, other, "depends") for one, other in pairwise(names)]
+    assert sum(1 for _ in tree(graph, Style())) == 5000
+    assert len(graph.part(["p02500"], upstream=True, downstream=False).nodes) == 2501
 
 
 def test_mermaid(run: Run) -> None:

@@ -410,3 +410,8 @@ def test_routines_of_other_languages_are_named(db: Database, cli: Shell) -> None
 )
 def test_circles_of_any_length_are_found(graph: dict[str, list[str]], found: list[list[str]]) -> None:
     assert sorted(_cycles(graph)) == found
+
+
+def test_a_circle_of_thousands_is_found_in_a_moment() -> None:
+    names = [f"p{number:05}" for number in range(5000)]
+    assert _cycles({name: [names[number - 1]] for number, name in enumerate(names)}) == [names]

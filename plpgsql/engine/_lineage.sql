@@ -98,16 +98,18 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   with procedure as materialized (
     select l.name as pipeline, p.name, p.procedure_id, etl._definition(p) as definition
       from etl.procedures p join etl.pipelines l using (pipeline_id) where p.is_active
+  ), catalog as materialized (
+    select * from etl._catalog_lineage()
   )
   select p.pipeline, p.name, 'procedure', e.relation, e.access, e.source, null, e.columns, e.derived_from, e.written_rows,
          e.definition is not distinct from p.definition, e.first_seen_at, e.last_seen_at, e.first_run_id, e.last_run_id, p.procedure_id
     from etl.lineage_edges e join procedure p using (procedure_id)
   union all
   select p.pipeline, p.name, 'procedure', c.relation, c.access, 'catalog', c.via, c.columns, null, null, true, null, null, null, null, p.procedure_id
-    from etl._catalog_lineage() c join procedure p using (procedure_id)
+    from catalog c join procedure p using (procedure_id)
   union all
   select l.name, c.mv_name, 'materialized view', c.relation, c.access, 'catalog', null, c.columns, null, null, true, null, null, null, null, null
-    from etl._catalog_lineage() c
+    from catalog c
     join etl.refresh_targets t on t.name = c.mv_name
     join etl.pipelines l using (pipeline_id)
    where exists (select from etl.procedure_refresh_targets x join etl.procedures p using (procedure_id)

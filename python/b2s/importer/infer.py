@@ -48,7 +48,6 @@ class Inferred:
     groups: dict[str, list[str]]
     search_path: list[str]
     shared: dict[str, list[str]]
-    logs: set[str]
 
 
 def infer(inventory: Inventory, judged: list[Judged]) -> Inferred:
@@ -64,7 +63,7 @@ def infer(inventory: Inventory, judged: list[Judged]) -> Inferred:
     _settle_types(entries)
     _refresh(entries, inventory)
     many = {table: names for table, names in shared.items() if len(names) > 1}
-    return Inferred(_in_order(entries), groups, _search_path(chosen, inventory), many, logs)
+    return Inferred(_in_order(entries), groups, _search_path(chosen, inventory), many)
 
 
 # -- names and types --
@@ -193,6 +192,8 @@ def _cycles(graph: Mapping[str, list[str]]) -> list[list[str]]:
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
+    on_stack: set[str] = set()
+    position = {name: number for number, name in enumerate(graph)}
     found: list[list[str]] = []
     for root in graph:
         if root in index:
@@ -200,15 +201,17 @@ def _cycles(graph: Mapping[str, list[str]]) -> list[list[str]]:
         work = [(root, iter(graph[root]))]
         index[root] = low[root] = len(index)
         stack.append(root)
+        on_stack.add(root)
         while work:
             node, successors = work[-1]
             for following in successors:
                 if following not in index:
                     index[following] = low[following] = len(index)
                     stack.append(following)
+                    on_stack.add(following)
                     work.append((following, iter(graph[following])))
                     break
-                if following in stack:
+                if following in on_stack:
                     low[node] = min(low[node], index[following])
             else:
                 work.pop()
@@ -217,8 +220,9 @@ def _cycles(graph: Mapping[str, list[str]]) -> list[list[str]]:
                 if low[node] == index[node]:
                     cut = stack.index(node)
                     members, stack[cut:] = stack[cut:], []
+                    on_stack.difference_update(members)
                     if len(members) > 1:
-                        found.append(sorted(members, key=list(graph).index))
+                        found.append(sorted(members, key=position.__getitem__))
     return found
 
 
@@ -226,15 +230,14 @@ def _in_order(entries: list[Entry]) -> list[Entry]:
     """Each after those that it depends on."""
     by_name = {entry.name: entry for entry in entries}
     done: dict[str, Entry] = {}
-
-    def visit(entry: Entry) -> None:
-        if entry.name not in done:
-            for name in entry.dependencies:
-                visit(by_name[name])
-            done[entry.name] = entry
-
-    for entry in sorted(entries, key=lambda one: (one.type, one.name)):
-        visit(entry)
+    waiting = sorted(entries, key=lambda one: (one.type, one.name), reverse=True)
+    while waiting:
+        entry = waiting[-1]
+        missing = [by_name[name] for name in entry.dependencies if name not in done]
+        if missing:
+            waiting += reversed(missing)
+        else:
+            done.setdefault(entry.name, waiting.pop())
     return list(done.values())
 
 

@@ -66,22 +66,28 @@ class Graph:
         """Adds a node unless there is one of its name."""
         self.nodes.setdefault(node.name, node)
 
-    def after(self, name: str) -> list[str]:
-        """What comes right after a node."""
-        return sorted({edge.target for edge in self.edges if edge.source == name})
+    def after(self) -> dict[str, list[str]]:
+        """For each node what comes right after it."""
+        found: dict[str, set[str]] = {}
+        for edge in self.edges:
+            found.setdefault(edge.source, set()).add(edge.target)
+        return {name: sorted(targets) for name, targets in found.items()}
 
-    def before(self, name: str) -> list[str]:
-        """What comes right before a node."""
-        return sorted({edge.source for edge in self.edges if edge.target == name})
+    def before(self) -> dict[str, list[str]]:
+        """For each node what comes right before it."""
+        found: dict[str, set[str]] = {}
+        for edge in self.edges:
+            found.setdefault(edge.target, set()).add(edge.source)
+        return {name: sorted(sources) for name, sources in found.items()}
 
     def part(self, names: Collection[str], *, upstream: bool, downstream: bool) -> Graph:
         """The nodes named, and all before and after them as asked for."""
         kept = set(names)
-        for is_wanted, step in ((upstream, self.before), (downstream, self.after)):
+        for is_wanted, neighbours in ((upstream, self.before()), (downstream, self.after())):
             waiting = list(names) if is_wanted else []
             seen = set(waiting)
             while waiting:
-                found = [one for one in step(waiting.pop()) if one not in seen]
+                found = [one for one in neighbours.get(waiting.pop(), ()) if one not in seen]
                 seen.update(found)
                 waiting += found
             kept |= seen
@@ -136,29 +142,30 @@ def _add_access(graph: Graph, name: str, relation: str, access: str) -> None:
 
 def tree(graph: Graph, style: Style) -> Iterator[str]:
     """A tree from what needs nothing to what needs it; what hangs on several is shown in full once."""
+    after, before = graph.after(), graph.before()
     shown: set[str] = set()
-    roots = [name for name in graph.nodes if not graph.before(name)]
-    for name in roots or list(graph.nodes):
-        if name not in shown:
-            yield from _branch(graph, name, "", "", shown, style)
+    roots = [name for name in graph.nodes if name not in before]
+    for root in roots or list(graph.nodes):
+        if root in shown:
+            continue
+        # What is to be shown, the next one last: name, what stands before it, what before those below it.
+        waiting = [(root, "", "")]
+        while waiting:
+            name, prefix, indent = waiting.pop()
+            following = after.get(name, [])
+            is_repeated = name in shown and bool(following)
+            yield prefix + _label(graph.nodes[name], style) + ("  (see above)" if is_repeated else "")
+            if is_repeated:
+                continue
+            shown.add(name)
+            for number, one in enumerate(reversed(following)):
+                corner, line = ("└── ", "    ") if number == 0 else ("├── ", "│   ")
+                waiting.append((one, indent + corner, indent + line))
 
 
-def _branch(
-    graph: Graph, name: str, prefix: str, indent: str, shown: set[str], style: Style
-) -> Iterator[str]:
-    node = graph.nodes[name]
+def _label(node: Node, style: Style) -> str:
     notes = [one for one in (node.type or node.kind, node.group and f"group {node.group}") if one]
-    after = graph.after(name)
-    is_repeated = name in shown and bool(after)
-    label = f"{visible(name)}  {style.paint(', '.join(notes), 'dim')}"
-    yield f"{prefix}{label}{'  (see above)' if is_repeated else ''}"
-    if is_repeated:
-        return
-    shown.add(name)
-    for number, one in enumerate(after, 1):
-        is_last = number == len(after)
-        corner, line = ("└── ", "    ") if is_last else ("├── ", "│   ")
-        yield from _branch(graph, one, indent + corner, indent + line, shown, style)
+    return f"{visible(node.name)}  {style.paint(', '.join(notes), 'dim')}"
 
 
 def mermaid(graph: Graph) -> Iterator[str]:
