@@ -1,7 +1,7 @@
 -- What a step read and wrote, from the locks that it held: nobody has to declare it, and dynamic SQL, triggers, helper
 -- functions and views cannot hide it.
 --
--- Reading pg_locks costs 35 to 70 us, as much as half a step, so only steps that are marked when their run is planned are
+-- A look costs several scans of pg_locks, some hundred microseconds, as much as half a step. So only steps that are marked when their run is planned are
 -- looked at: the first of a routine in a mode after it has changed, then one a day (etl.pipelines.observe_lineage). A step that is
 -- not marked pays for one test of its settings. What was seen leaves the transaction of the data as a part of its event and is
 -- recorded with the next claim: bookkeeping must not make a step fail, or wait for another one.
