@@ -307,7 +307,7 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_change_baseline", "_request", "_run_status", "_requester", "_is_alive", "_hold", "_rehold",
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
     "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
-    "_definition", "_close_helpers",
+    "_definition", "_close_helpers", "_lineage", "_lineage_findings",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock or a connection that is the caller's own."""
 
