@@ -8,11 +8,17 @@ import pytest
 
 pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
 
+from b2s.importer.classify import classify
+from b2s.importer.document import document
+from b2s.importer.infer import infer
+from b2s.importer.inventory import inventory_of
+from b2s.importer.split import split
 from b2s.lineage.static import Analysis, Static, lookup_in
 from b2s.lint.frontend import read
 from b2s.lint.project import Project
 from b2s.lint.sources import Source
 from b2s.names import parts_of
+from tests.test_lint_robustness import mutations
 
 TABLES: Final = {"silver.known": ["id", "name", "amount"], "bronze.known": ["id", "label"]}
 
@@ -166,3 +172,19 @@ def test_the_document_is_what_the_database_takes() -> None:
 )
 def test_parts_of_a_name(name: str, parts: list[str]) -> None:
     assert parts_of(name) == parts
+
+
+# -- broken SQL --
+
+
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_mutated_sql_crashes_neither_lineage_nor_import(seed: int) -> None:
+    for text in mutations(seed):
+        inventory = inventory_of([Source("x.sql", text)], [])
+        judged = classify(inventory)
+        inferred = infer(inventory, judged)
+        for one in judged:
+            one.found.static.document()
+            if len(one.targets) > 1:
+                split(one, [])
+        document(inventory, judged, inferred, "p")

@@ -75,7 +75,7 @@ def _pglast() -> Any:
         import pglast
     except ImportError:
         raise UsageError(
-            "b2s lint needs the parser pglast, which is not installed",
+            "reading SQL needs the parser pglast, which is not installed",
             "pip install 'b2s[lint]' (pglast is GPL-3.0-or-later, which is why b2s comes without it)",
         ) from None
     return pglast
