@@ -396,7 +396,7 @@ def test_plpgsql_check_goes_on_after_an_error_names_places_and_knows_temporary_t
         )
     document = json.loads(cli("lint", "--db", "--dsn", live.dsn, "--json", "--select", "B002").out)
     found = [(one["line"], one["column"], one["message"]) for one in document["findings"]]
-    assert [(line, column) for line, column, _ in found][-2:] == [(10, 28), (11, 33)]
+    assert [(line, column) for line, column, _ in found][-2:] == [(9, 28), (10, 33)]
     assert any("v_unused" in message for *_, message in found)
     assert not [message for *_, message in found if "changed" in message]
 
