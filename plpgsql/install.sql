@@ -39,6 +39,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0006_monitoring
 \set sha256 6f9064a646b544c2370d773601cd3856e20d7532e82b9320c87ee25d268f625e
 \ir install/migration.sql
+\set migration 0007_lineage
+\set sha256 cac2d3e30f84103a681401aac5154a146900ba408c4a99cdc8152308646bc6c6
+\ir install/migration.sql
 
 -- Engine
 \ir engine/_fail.sql
@@ -58,6 +61,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_plan.sql
 \ir engine/_request.sql
 \ir engine/_render_call.sql
+\ir engine/_observe.sql
 \ir engine/_create_run.sql
 \ir engine/_backfill.sql
 \ir engine/_begin_backfill.sql
@@ -97,6 +101,8 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_schedules.sql
 \ir engine/_purge.sql
 \ir engine/_diagnose_clock.sql
+\ir engine/_lineage.sql
+\ir engine/_lineage_findings.sql
 
 -- What runs as etl_owner
 \ir install/steps_begin.sql
@@ -134,6 +140,8 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir api/purge.sql
 \ir api/plan_config.sql
 \ir api/apply_config.sql
+\ir api/store_lineage.sql
+\ir api/move_lineage_cursor.sql
 \ir api/diagnose.sql
 \ir api/test_procedure.sql
 \ir api/log.sql
@@ -142,6 +150,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir views.sql
 \ir metrics.sql
 \ir watermarks.sql
+\ir lineage.sql
 
 \ir install/finish.sql
 commit;

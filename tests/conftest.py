@@ -18,6 +18,7 @@ from b2s.embedded import EmbeddedError
 from b2s.migrate import migrate
 from tests import servers
 from tests.servers import Database, NoServer, Server
+from tests.shell import Shell
 
 _SERVER: Final = pytest.StashKey[Server]()
 _PROBLEM: Final = pytest.StashKey[str]()
@@ -145,6 +146,15 @@ def db(server: Server, template: str) -> Iterator[Database]:
     database = server.create_database(template=template)
     yield database
     database.drop()
+
+
+@pytest.fixture
+def shell(
+    db: Database, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Shell:
+    """`b2s` against the test's database, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return Shell(db.dsn, capsys)
 
 
 @pytest.fixture

@@ -310,6 +310,7 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_definition", "_is_front_end", "_awaits_approval", "_subject", "_requesting_role", "_needs_approval",
     "_bucket_bounds", "_bucket", "_live_outcomes", "_waits", "_usual_ms", "_freshness",
     "_horizon_now", "_config_drift", "_clock_beat", "_counted_outcomes", "_close_helpers",
+    "_lineage", "_lineage_findings",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock or a connection that is the caller's own."""
 

@@ -373,6 +373,34 @@ def test_the_findings_of_plpgsql_check_are_merged_where_it_is_installed(cli: Cli
     assert 'relation "silver.orders" does not exist' in document["findings"][0]["message"]
 
 
+def test_plpgsql_check_goes_on_after_an_error_names_places_and_knows_temporary_tables(
+    cli: Cli, live: Database
+) -> None:
+    with live.connect() as connection:
+        query = "select from pg_available_extensions where name = 'plpgsql_check'"
+        if connection.execute(query.encode()).fetchone() is None:
+            pytest.skip(
+                "plpgsql_check is not installed for this server (Debian: postgresql-15-plpgsql-check)"
+            )
+        connection.execute("create extension plpgsql_check")
+        connection.execute(
+            "create or replace function silver.load_orders() returns bigint language plpgsql\n"
+            "set search_path = '' as $$ declare v_unused int;\n"
+            "begin\n"
+            "  create temp table changed on commit drop as select o.id from bronze.orders o;\n"
+            "  insert into silver.orders (id) select c.id from changed c on conflict (id) do nothing;\n"
+            "  update silver.orders set nope = 1 where id = 3;\n"
+            "  update silver.orders set id = other where id = 3;\n"
+            "  return 1;\n"
+            "end $$;"
+        )
+    document = json.loads(cli("lint", "--db", "--dsn", live.dsn, "--json", "--select", "B002").out)
+    found = [(one["line"], one["column"], one["message"]) for one in document["findings"]]
+    assert [(line, column) for line, column, _ in found][-2:] == [(9, 28), (10, 33)]
+    assert any("v_unused" in message for *_, message in found)
+    assert not [message for *_, message in found if "changed" in message]
+
+
 def test_an_unreachable_database_ends_with_3(cli: Cli) -> None:
     assert cli("lint", "--db", "--dsn", "host=/nowhere").code == 3
 

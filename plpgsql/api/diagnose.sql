@@ -230,6 +230,15 @@ $$;
 comment on function etl._diagnose_horizons(interval) is 'Findings about what holds windows of timestamps and ids back, or hides it.';
 revoke all on function etl._diagnose_horizons(interval) from public;
 
+-- Two writers may be meant, a log that all append to: no more than a hint.
+create or replace function etl._diagnose_lineage() returns table (check_name text, status text, detail text, remedy text)
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select distinct 'lineage', case f.severity when 'error' then 'warn' else 'hint' end, f.detail, f.remedy
+    from etl._lineage_findings() f where f.severity in ('error', 'warning')
+$$;
+comment on function etl._diagnose_lineage() is 'Findings about reads and writes that are not as declared.';
+revoke all on function etl._diagnose_lineage() from public;
+
 create or replace function etl.diagnose() returns table (check_name text, status text, detail text, remedy text)
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   with found as materialized (
@@ -250,12 +259,15 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     select 5, f.* from etl._diagnose_pg_cron() f
     union all
     select 5, f.* from etl._diagnose_clock() f
+    union all
+    select 5, f.* from etl._diagnose_lineage() f
   ), sound(part, check_name, detail) as (
     values (1, 'engine', 'as it was installed'), (2, 'run', 'no run is dead'), (2, 'run lock', 'held by living runs only'), (2, 'full refresh', 'not frozen'),
            (3, 'routine', 'all configured routines exist and fit'), (3, 'source', 'etl_owner may read every watermark column'),
            (3, 'materialized view', 'all can be refreshed while they are read'),
            (4, 'watermark', 'every source is as its strategy needs it'), (4, 'horizon', 'nobody holds a window back'),
-           (5, 'schedule', 'none is late'), (5, 'queue', 'nothing waits for a worker'), (5, 'retention', 'nothing is kept that is no longer to be')
+           (5, 'schedule', 'none is late'), (5, 'queue', 'nothing waits for a worker'), (5, 'retention', 'nothing is kept that is no longer to be'),
+           (5, 'lineage', 'nothing was seen to be read or written that is not declared')
   )
   select f.check_name, f.status, f.detail, case when f.status <> 'ok' then f.remedy end
     from (select * from found

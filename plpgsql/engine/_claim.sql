@@ -333,6 +333,7 @@ begin
   if not v_is_worker and not (v_run.ended_at is not null and etl._has_worked(v_run)) then perform etl._fail_not_owned(run_id); end if;
   for i in 0 .. coalesce(jsonb_array_length(done->'events'), 0) - 1 loop
     v_is_set := etl._announce(done->'events'->i);
+    if done->'events'->i ? 'relations' then perform etl._record_observation(done->'events'->i); end if;
   end loop;
   if not v_is_worker then return null; end if;
   if is_awaited and v_is_over then perform etl._release(run_id, array[v_ended]); end if;

@@ -6,13 +6,14 @@ $$;
 comment on function etl._setting(jsonb) is 'An object of settings, or null when it says nothing.';
 revoke all on function etl._setting(jsonb) from public;
 
--- A configuration in the form in which two of them are compared: parts by name, lists without an order of their own sorted.
+-- A configuration in the form in which two of them are compared: parts by name, lists without an order of their own sorted,
+-- settings that came with a later release left out where they have their default: what was applied before keeps its digest.
 create or replace function etl._normalise_config(config jsonb) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object('pipeline', config->'pipeline',
     'settings', jsonb_strip_nulls(jsonb_build_object('description', config->'description', 'max_concurrency', config->'max_concurrency', 'search_path', config->'search_path',
       'helper_server', config->'helper_server', 'clock', etl._setting(config->'clock'), 'retention', etl._setting(config->'retention'),
-      'approvals', nullif(config->>'approvals', 'none'))),
+      'approvals', nullif(config->>'approvals', 'none'), 'observe_lineage', nullif(config->>'observe_lineage', 'daily'))),
     'groups', (select coalesce(jsonb_object_agg(g->>'name', jsonb_strip_nulls(g)), '{}') from jsonb_array_elements(config->'groups') g),
     'schedules', (select coalesce(jsonb_object_agg(s->>'name', jsonb_strip_nulls(s)), '{}') from jsonb_array_elements(config->'schedules') s),
     'procedures', (select coalesce(jsonb_object_agg(p->>'name', jsonb_strip_nulls(p || jsonb_build_object(
@@ -64,7 +65,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object('pipeline', l.name,
     'settings', jsonb_strip_nulls(jsonb_build_object('description', l.description, 'max_concurrency', l.max_concurrency, 'search_path', l.search_path,
       'helper_server', l.helper_server, 'clock', nullif(l.clock, '{}'), 'retention', nullif(l.retention, '{}'),
-      'approvals', nullif(l.approvals, 'none'))),
+      'approvals', nullif(l.approvals, 'none'), 'observe_lineage', nullif(l.observe_lineage, 'daily'))),
     'groups', (select coalesce(jsonb_object_agg(g.name, jsonb_strip_nulls(jsonb_build_object('name', g.name, 'description', g.description))), '{}')
                  from etl.groups g where g.pipeline_id = l.pipeline_id and g.is_active),
     'schedules', (select coalesce(jsonb_object_agg(s.name, s.definition), '{}') from etl.schedules s where s.pipeline_id = l.pipeline_id and s.is_active),

@@ -116,11 +116,13 @@ begin
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, definition)
   select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
          i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, r.lock_key,
-         etl._step_settings(p, l.search_path),
-         p.watermark_strategy, p.state_key, etl._definition(p)
+         case when etl._is_to_observe(l.observe_lineage, p.procedure_id, i.mode, x.definition)
+              then coalesce(etl._step_settings(p, l.search_path), '{}') || '{"observe": true}' else etl._step_settings(p, l.search_path) end,
+         p.watermark_strategy, p.state_key, x.definition
     from unnest(items) i
     join etl.procedures p using (procedure_id)
     join etl.pipelines l using (pipeline_id)
+    cross join lateral etl._definition(p) x(definition)
     join etl.run_scopes s on s.run_id = _insert_steps.run_id and s.scope_index = i.scope_index
     cross join lateral (select etl._lock_key(x) as lock_key from etl.runs x where x.run_id = _insert_steps.run_id) r
     left join etl.group_members m on m.procedure_id = p.procedure_id

@@ -58,7 +58,7 @@ begin
   end;
   if v_level is not null then return true; end if;
   -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
-  perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning']
+  perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning', 'relations']
     || case when octet_length(event->>'error_code') > 200 then jsonb_build_object('error_code', left(event->>'error_code', 50)) else '{}' end)::text);
   return true;
 end $$;

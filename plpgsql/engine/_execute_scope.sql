@@ -84,8 +84,8 @@ comment on function etl._check_temporary_objects() is
   'Raises PT409 session.temporary_objects when the session has temporary objects of a role that is not a member of etl_owner.';
 revoke all on function etl._check_temporary_objects() from public;
 
--- One step: settings, the routine, what it changed, checks, watermark, outcome.
-create or replace function etl._execute_step(step etl.procedure_runs, is_last boolean, inout seen jsonb, out event jsonb)
+-- One step: settings, the routine, what it changed, checks, watermark, outcome. is_later: not the first step of its transaction.
+create or replace function etl._execute_step(step etl.procedure_runs, is_later boolean, is_last boolean, inout seen jsonb, out event jsonb)
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_started_at timestamptz := clock_timestamp();
@@ -93,6 +93,7 @@ declare
   v_rows       bigint;
   v_unmet      jsonb;
   v_counts     record;
+  v_relations  jsonb;
 begin
   -- Its window could not be fixed when it was claimed: that error is this step's.
   if step.sqlstate is not null then
@@ -101,9 +102,11 @@ begin
   -- A backfill of the same procedure must not read a row, wait for us to write its newer version, and write the older one over it.
   if step.window_until is not null then perform pg_advisory_xact_lock(6435445, step.procedure_id); end if;
   perform set_config('b2s.step', concat_ws(' ', step.run_id, step.order_index, step.attempt, step.procedure_name), true);
+  if step.settings ? 'observe' and is_later then v_relations := etl._lock_marks(); end if;
   v_called := etl._call_routine(step, is_last);
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
+  if step.settings ? 'observe' then v_relations := etl._observed_relations(v_relations, v_counts.changes); end if;
   v_rows := v_called.row_count;
   if v_rows is null then
     select coalesce(sum((t.value->>'inserted')::bigint + (t.value->>'updated')::bigint + (t.value->>'deleted')::bigint), 0)
@@ -112,10 +115,11 @@ begin
   if v_called.unmet_checks is not null then v_unmet := etl._judge_checks(step.procedure_name, v_called.unmet_checks); end if;
   if step.watermark_strategy is not null then perform etl._advance_watermark(step, v_rows); end if;
   event := etl._record_success(step, v_started_at, v_rows, v_counts.changes, v_unmet);
+  if v_relations is not null then event := event || jsonb_build_object('relations', v_relations); end if;
   if step.window_until <> step.window_goal then perform etl._add_slice(step, step.window_until, step.slice_index + 1); end if;
 end $$;
-comment on function etl._execute_step(etl.procedure_runs, boolean, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
-revoke all on function etl._execute_step(etl.procedure_runs, boolean, jsonb) from public;
+comment on function etl._execute_step(etl.procedure_runs, boolean, boolean, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
+revoke all on function etl._execute_step(etl.procedure_runs, boolean, boolean, jsonb) from public;
 
 -- A deadlock names the processes. A lock timeout names nobody: whoever holds a lock for writing, and had it before the step
 -- began, may have been in the way.
@@ -152,7 +156,7 @@ begin
   begin
     if pg_my_temp_schema() <> 0 then perform etl._check_temporary_objects(); end if;
     foreach v_step in array v_steps loop
-      v_result := etl._execute_step(v_step, v_step.order_index = last_order_index, seen);
+      v_result := etl._execute_step(v_step, v_step.order_index > first_order_index, v_step.order_index = last_order_index, seen);
       seen := v_result.seen;
       v_events := v_events || v_result.event;
     end loop;

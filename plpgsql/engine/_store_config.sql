@@ -22,13 +22,15 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_pipeline_id int;
 begin
-  insert into etl.pipelines (name, description, max_concurrency, search_path, helper_server, clock, retention, approvals)
+  insert into etl.pipelines (name, description, max_concurrency, search_path, helper_server, clock, retention, approvals,
+    observe_lineage)
   values (config->>'pipeline', config->>'description', (config->>'max_concurrency')::int, etl._text_array(config->'search_path'),
           config->>'helper_server', coalesce(etl._setting(config->'clock'), '{}'), coalesce(etl._setting(config->'retention'), '{}'),
-          coalesce(config->>'approvals', 'none'))
+          coalesce(config->>'approvals', 'none'), coalesce(config->>'observe_lineage', 'daily'))
   on conflict (name) do update
     set description = excluded.description, max_concurrency = excluded.max_concurrency, search_path = excluded.search_path,
-        helper_server = excluded.helper_server, clock = excluded.clock, retention = excluded.retention, approvals = excluded.approvals
+        helper_server = excluded.helper_server, clock = excluded.clock, retention = excluded.retention, approvals = excluded.approvals,
+        observe_lineage = excluded.observe_lineage
   returning pipeline_id into v_pipeline_id;
   update etl.groups g set is_active = false
    where g.pipeline_id = v_pipeline_id and g.is_active and g.name not in (select x->>'name' from jsonb_array_elements(config->'groups') x);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,12 @@ from b2s import __version__
 COMMANDS: Final = {
     "migrate": "install b2s into a database, or upgrade it",
     "sync-config": "apply transformations.yaml to the database",
+    "init": "make a project: configuration, a routine, tables",
+    "new": "write a routine by a pattern, with its entry in transformations.yaml",
+    "import": "make transformations.yaml from the routines of a database",
     "lint": "find in the SQL what will hurt, before anything runs",
+    "lineage": "what procedures read and write: list, check, send to an OpenLineage endpoint",
+    "graph": "draw what depends on what",
     "plan": "show what a run would do",
     "test": "prove that routines keep their contract, on a scratch copy",
     "run": "run procedures, with live progress",
@@ -106,7 +112,8 @@ def _run(words: list[str]) -> int:
 
 
 def _module_of(command: str) -> str:
-    return f"b2s.commands.{command.replace('-', '_')}"
+    name = command.replace("-", "_")
+    return f"b2s.commands.{name}_" if keyword.iskeyword(name) else f"b2s.commands.{name}"
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

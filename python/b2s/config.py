@@ -122,6 +122,7 @@ class LoadedConfig:
             "max_concurrency": config.max_concurrency,
             "approvals": config.approvals,
             "search_path": list(config.search_path),
+            "observe_lineage": config.observe_lineage,
             "helper_server": config.helper_server,
             "groups": [{"name": name, "description": self._describe(name)} for name in sorted(names)],
             "procedures": [_procedure_spec(config, procedure) for procedure in config.procedures],

@@ -102,6 +102,9 @@ Identifier = Annotated[str, _named(configvalues.IDENTIFIER, "name"), _matching(c
 Qualified = Annotated[
     str, _named(configvalues.QUALIFIED, "name or schema.name"), _matching(configvalues.QUALIFIED)
 ]
+Relation = Annotated[
+    str, _named(configvalues.RELATION, "name or schema.name"), _matching(configvalues.RELATION)
+]
 Source = Annotated[
     str,
     AfterValidator(_checked(configvalues.check_source)),
@@ -377,7 +380,7 @@ Check = Annotated[CheckKind, Field(discriminator="type")]
 class MvRefresh(Model):
     """A materialized view that is refreshed because of a procedure."""
 
-    name: Qualified = Field(description="The materialized view.")
+    name: Relation = Field(description="The materialized view, with double quotes where its name needs them.")
     after: Literal["procedure", "group", "run"] = Field(default="run", description="When it is refreshed.")
     on: Literal["success", "always"] = Field(
         default="success", description="Whether a failure holds it back."
@@ -447,7 +450,8 @@ class Procedure(Defaults):
     name: Qualified = Field(description="The procedure's name, usually that of the table it fills.")
     routine: RoutineName | None = Field(
         default=None,
-        description="The function or procedure called; default: the name. A list of types picks an overload.",
+        description="The function or procedure called, with double quotes where its name needs them; "
+        "default: the name. A list of types picks an overload.",
     )
     type: Literal["dimension", "fact"] = Field(
         description="Facts start after every selected dimension has ended."
@@ -589,6 +593,11 @@ class Config(Model):
     )
     clock: Clock = Field(default=Clock(), description="Who runs what is due.")
     retention: Retention = Field(default=Retention(), description="How long history is kept.")
+    observe_lineage: Literal["daily", "always", "never"] = Field(
+        default="daily",
+        description="When b2s looks at what a step locks: once a day and after each change of its routine, "
+        "at every step, or never.",
+    )
     lint: Lint = Field(default=Lint(), description="How `b2s lint` judges the SQL; no run depends on it.")
 
 

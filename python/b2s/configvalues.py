@@ -10,8 +10,6 @@ from datetime import date, datetime
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from b2s.errors import UsageError
-
 MAX_MILLISECONDS: Final = 2**31 - 1
 MAX_FRESHNESS: Final = 3650 * 86_400_000
 MAX_BIGINT: Final = 2**63 - 1
@@ -20,9 +18,11 @@ MAX_NAME_LENGTH: Final = 63
 _PART: Final = r"[a-z_][a-z0-9_]*"
 IDENTIFIER: Final = rf"{_PART}"
 QUALIFIED: Final = rf"{_PART}(\.{_PART})?"
-TABLE_COLUMN: Final = rf"{_PART}\.{_PART}\.{_PART}"
+_QUOTABLE: Final = rf'({_PART}|"[^"]+")'
+RELATION: Final = rf"{_QUOTABLE}(\.{_QUOTABLE})?"
+TABLE_COLUMN: Final = rf"{_QUOTABLE}\.{_QUOTABLE}\.{_QUOTABLE}"
 QUERY: Final = r"\s*([Ss][Ee][Ll][Ee][Cc][Tt]|[Ww][Ii][Tt][Hh])\s[\s\S]+"
-ROUTINE: Final = rf"{_PART}(\.{_PART})?(\([^()]*\))?"
+ROUTINE: Final = rf"{_QUOTABLE}(\.{_QUOTABLE})?(\([^()]*\))?"
 
 _UNITS: Final = {
     "ms": 1,

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from b2s.options import seconds
 from b2s.db import Connection, connect
 from b2s.errors import DatabaseError
+from b2s.options import seconds
 from b2s.output import style
 from b2s.render import Style
 from b2s.retry import is_beyond_patience

@@ -57,7 +57,7 @@ def procedure(shape: str, step: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(connection: psycopg.Connection[Any], shape: str, steps: int) -> None:
+def prepare(connection: psycopg.Connection[Any], shape: str, steps: int, observe: str = "daily") -> None:
     """Creates the target, one function per step and the configuration."""
     connection.execute("drop schema if exists bench cascade")
     connection.execute("create schema bench authorization etl_owner")
@@ -73,7 +73,7 @@ def prepare(connection: psycopg.Connection[Any], shape: str, steps: int) -> None
         )
     config = {
         "version": 1, "pipeline": f"bench_{shape}_{steps}", "description": None, "max_concurrency": 2,
-        "search_path": [], "groups": [], "schedules": [],
+        "search_path": [], "groups": [], "schedules": [], "observe_lineage": observe,
         "procedures": [procedure(shape, step) for step in range(steps)],
     }  # fmt: skip
     connection.execute("select etl.apply_config(%s)", [json.dumps(config)])

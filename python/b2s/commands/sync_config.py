@@ -65,6 +65,7 @@ def execute(arguments: argparse.Namespace) -> int:
             print_lines(jobs.lines(style()))
         applied = plan if is_look else apply_config(connection, loaded, plan)
         if not is_look:
+            _store_lineage(connection, loaded.config.pipeline)
             jobs.apply()
     is_changed = bool(plan.changes or plan.drift or jobs.changes)
     if arguments.json:
@@ -161,6 +162,18 @@ def _passes_lint(connection: Connection, config: Config, demand: str) -> bool:
     is_refused = demand == "error" and any(one.is_failure for one in report.findings)
     remark(f"lint: {summary(report)}{'; nothing was applied' if is_refused else ''}")
     return not is_refused
+
+
+def _store_lineage(connection: Connection, pipeline: str) -> None:
+    """Notes what the SQL of new and changed routines reads and writes, where the parser is installed."""
+    from b2s.lint import parser
+
+    if parser.is_installed():
+        from b2s.lineage.scan import scan, store
+
+        found = scan(connection, pipeline, only_changed=True).found
+        if found:
+            store(connection, pipeline, found)
 
 
 def plan_lines(plan: SyncPlan, style: Style) -> Iterator[str]:

@@ -45,15 +45,21 @@ class Access:
         return self.expr.offset_of(self.node)
 
 
-def accesses_of(routine: Routine) -> list[Access]:
-    """All accesses of a routine to tables that outlive it."""
+def mentions_of(routine: Routine) -> list[Access]:
+    """All accesses of a routine to tables, temporary ones and those of the system included."""
     found: list[Access] = []
     for statement, expr in routine.exprs:
         try:
             found += _of(expr.node, frozenset(), _Context(expr, statement))
         except RecursionError:
             routine.failures.append((expr.offset, TOO_DEEP))
-    temporary = {access.name for access in found if _is_temporary(access)}
+    return found
+
+
+def accesses_of(routine: Routine) -> list[Access]:
+    """All accesses of a routine to tables that outlive it."""
+    found = mentions_of(routine)
+    temporary = {access.name for access in found if is_temporary(access)}
     return [
         access
         for access in found
@@ -63,7 +69,8 @@ def accesses_of(routine: Routine) -> list[Access]:
     ]
 
 
-def _is_temporary(access: Access) -> bool:
+def is_temporary(access: Access) -> bool:
+    """Whether a temporary table is made here, or named as one."""
     return access.schema == "pg_temp" or getattr(access.node, "relpersistence", "p") == "t"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Final
 import psycopg
 
 from b2s.db import Connection
+from b2s.lint.access import is_temporary, mentions_of
 from b2s.lint.engine import Foreign
+from b2s.lint.frontend import read
 from b2s.lint.rule import Severity
 from b2s.lint.sources import Source
 
@@ -33,7 +36,11 @@ _CHECKER: Final = """
 select quote_ident(n.nspname)
   from pg_catalog.pg_extension e join pg_catalog.pg_namespace n on n.oid = e.extnamespace
  where e.extname = 'plpgsql_check'"""
-_CHECK: Final = "select lineno, level, message, detail, hint from {}.plpgsql_check_function_tb(%s::oid)"
+_CHECK: Final = (
+    "select lineno, level, message, detail, hint, position, query"
+    " from {}.plpgsql_check_function_tb(%s::oid, fatal_errors => false)"
+)
+_MISSING: Final = re.compile(r'relation "([^"]+)" does not exist')
 _SEVERITIES: Final[dict[str, Severity]] = {"error": "error", "warning": "warning", "warning extra": "warning"}
 
 
@@ -46,6 +53,12 @@ class Live:
     sources: tuple[Source, ...]
     foreign: tuple[Foreign, ...] | None
     version: int
+
+
+def read_sources(connection: Connection) -> dict[int, Source]:
+    """The text of each routine that is neither the system's, an extension's nor b2s's own, by oid."""
+    rows = connection.execute(_ROUTINES.encode(), {"names": None}).fetchall()
+    return {oid: Source(signature, text, is_database=True) for oid, signature, text, _ in rows}
 
 
 def read_database(connection: Connection, config: Config | None) -> Live:
@@ -73,13 +86,34 @@ def read_database(connection: Connection, config: Config | None) -> Live:
 
 
 def _checked(connection: Connection, schema: str, oid: int, source: Source) -> Iterator[Foreign]:
-    """The findings about one routine; a line of theirs counts from where the body begins."""
+    """The findings about one routine; a line of theirs counts from where the body begins.
+
+    plpgsql_check runs nothing, so it misses the temporary tables that the routine makes: that is no finding.
+    """
     first = source.place(max(0, source.text.find("\nAS $") + 1))[0]
+    temporary = {
+        access.name
+        for routine in read(source).routines
+        for access in mentions_of(routine)
+        if is_temporary(access)
+    }
     try:
         rows = connection.execute(_CHECK.format(schema).encode(), [oid]).fetchall()
     except psycopg.Error as error:
-        rows = [(None, "warning", f"plpgsql_check failed: {error.diag.message_primary or error}", None, None)]
-    for line, level, message, detail, hint in rows:
+        message = f"plpgsql_check failed: {error.diag.message_primary or error}"
+        rows = [(None, "warning", message, None, None, None, None)]
+    for line, level, message, detail, hint, position, query in rows:
+        missing = _MISSING.search(message)
+        if missing and missing[1] in temporary:
+            continue
         shown = f"{message} ({detail})" if detail else message
-        severity = _SEVERITIES.get(level, "info")
-        yield Foreign(source, first + (line or 1) - 1, shown, hint, severity, source.path)
+        offset = _offset(source, first + (line or 1) - 1, position, query)
+        yield Foreign(source, offset, shown, hint, _SEVERITIES.get(level, "info"), source.path)
+
+
+def _offset(source: Source, line: int, position: int | None, query: str | None) -> int:
+    """The place of a finding: in the statement where it is known, else the first word of its line."""
+    text = source.line(line)
+    begin = source.offset(line) + len(text) - len(text.lstrip())
+    found = source.text.find(query, begin) if position and query else -1
+    return found + position - 1 if position and found >= 0 else begin

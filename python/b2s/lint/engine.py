@@ -68,7 +68,7 @@ class Foreign:
     """A finding that somebody else made, such as plpgsql_check."""
 
     source: Source
-    line: int
+    offset: int
     message: str
     hint: str | None
     severity: Severity
@@ -163,13 +163,8 @@ def _foreign(foreign: Iterable[Foreign], rules: dict[str, tuple[Rule, Severity]]
         return
     rule, severity = rules[FROM_SERVER]
     for one in foreign:
-        text = one.source.line(one.line)
-        column = len(text) - len(text.lstrip()) + 1
         shown = one.severity if severity == rule.severity else severity
-        yield Finding(
-            one.source.path, one.line, column, rule.code, one.message, rule.name, shown, one.hint,
-            text, one.routine, _word(text, column),
-        )  # fmt: skip
+        yield _finding(one.source, rule, shown, Hit(one.offset, one.message, one.hint), one.routine)
 
 
 def _without_suppressed(

@@ -6,6 +6,7 @@ is used.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def _pglast() -> Any:
         import pglast
     except ImportError:
         raise UsageError(
-            "b2s lint needs the parser pglast, which is not installed",
+            "reading SQL needs the parser pglast, which is not installed",
             "pip install 'b2s[lint]' (pglast is GPL-3.0-or-later, which is why b2s comes without it)",
         ) from None
     return pglast
@@ -83,6 +84,11 @@ def _pglast() -> Any:
 def require() -> None:
     """Raises UsageError when the parser is not installed."""
     _pglast()
+
+
+def is_installed() -> bool:
+    """Whether the parser is there; importing it takes longer than looking."""
+    return importlib.util.find_spec("pglast") is not None
 
 
 def parse(sql: str) -> list[Any]:

@@ -87,6 +87,30 @@ class Step:
         return any(statements[key].dynamic is None for key in self.folded)
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A table that a step reads, itself or through a function that it calls: where, and which function."""
+
+    offset: int
+    access: Access
+    through: Step | None = None
+
+    @property
+    def way(self) -> str:
+        """Through which function, for a message; empty when it is read by the step itself."""
+        return f" through {self.through.routine.full_name}()" if self.through else ""
+
+
+def calls_of(step: Step, search_path: Iterable[str] = ()) -> Iterator[tuple[int, str]]:
+    """Where a routine calls functions and procedures, with the full names that each may mean."""
+    for _, expr, visit in step.find("FuncCall"):
+        parts = [part.sval for part in visit.node.funcname]
+        yield expr.offset_of(visit.node), ".".join(parts)
+        if len(parts) == 1:
+            for schema in step.routine.search_path or search_path:
+                yield expr.offset_of(visit.node), f"{schema}.{parts[0]}"
+
+
 class Project:
     """Everything that was read, and the configuration it belongs to."""
 
@@ -111,6 +135,29 @@ class Project:
     def bronze(self) -> tuple[str, ...]:
         """The schemas that nothing in the pipeline may write."""
         return self.config.lint.bronze if self.config else ("bronze",)
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Step]]:
+        """The routines by full name; overloads share one."""
+        found: dict[str, list[Step]] = {}
+        for step in self.steps:
+            found.setdefault(step.routine.full_name, []).append(step)
+        return found
+
+    def reads(self, step: Step) -> Iterator[Read]:
+        """What a step reads, functions that it calls included, as far as they are here."""
+        for access in step.reads:
+            yield Read(access.offset, access)
+        path = self.config.search_path if self.config else ()
+        seen = [step]
+        waiting = [(offset, name) for offset, name in calls_of(step, path)]
+        while waiting:
+            offset, name = waiting.pop(0)
+            for callee in self.by_name.get(name, ()):
+                if not any(callee is one for one in seen):
+                    seen.append(callee)
+                    yield from (Read(offset, access, callee) for access in callee.reads)
+                    waiting += [(offset, inner) for _, inner in calls_of(callee, path)]
 
     @cached_property
     def configured(self) -> dict[str, Step]:

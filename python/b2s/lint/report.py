@@ -107,6 +107,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
         "name": rule.name,
         "shortDescription": {"text": rule.summary},
         "fullDescription": {"text": rule.documentation},
+        "help": {"text": rule.documentation},
         "defaultConfiguration": {"level": _LEVELS[rule.severity]},
     }
 

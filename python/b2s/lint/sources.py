@@ -30,6 +30,11 @@ class Source:
         line = bisect_right(self._starts, offset)
         return line, offset - self._starts[line - 1] + 1
 
+    def offset(self, number: int) -> int:
+        """The offset at which a line begins, from 1."""
+        self.place(0)
+        return self._starts[max(1, min(number, len(self._starts))) - 1]
+
     def line(self, number: int) -> str:
         """The text of a line, from 1."""
         lines = self.text.split("\n")

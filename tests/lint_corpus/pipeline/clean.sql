@@ -32,5 +32,9 @@ create function silver.load_archive() returns bigint language plpgsql set search
 begin
   insert into silver.archive (day, n)
   select t.day, t.n from silver.totals t join silver.orders o on o.day = t.day on conflict (day) do nothing;
-  return 1;
+  return silver.count_of_orders();
 end $$;
+
+create function silver.count_of_orders() returns bigint language sql set search_path = '' as $$
+  select count(*) from silver.orders
+$$;

@@ -49,8 +49,17 @@ create function silver.load_archive() returns bigint language plpgsql set search
 begin
   merge into silver.archive a using silver.totals t on t.day = a.day
    when not matched then insert (day, n) values (t.day, t.n) returning a.day;
+  perform silver.regions_of_today(); --> B301
   return 1;
 end $$;
+
+create function silver.regions_of_today() returns bigint language sql set search_path = '' as $$
+  select silver.count_of_regions()
+$$;
+
+create function silver.count_of_regions() returns bigint language sql set search_path = '' as $$
+  select count(*) from silver.regions
+$$;
 
 create function silver.helper() returns void language plpgsql set search_path = '' as $$
 begin

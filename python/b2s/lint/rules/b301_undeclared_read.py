@@ -41,21 +41,23 @@ def undeclared_read(step: Step, project: Project) -> Iterator[Hit]:
     Nothing then puts the two in order: today the writer may happen to be first, and after a rename, a retry
     or with two workers it is not, and the step reads yesterday's rows. A failure of the writer does not
     hold the step back either. Declare the dependency; an indirect one counts. Tables that no procedure of
-    the file writes are of no concern here.
+    the file writes are of no concern here. What is read by functions that the step calls counts as well,
+    where they are among what is looked at; `b2s lineage --check` also sees views and text put together at
+    run time.
     """
     if step.procedure is None:
         return
     own = step.procedure.name
     required = project.requirements(own)
     said: set[str] = set()
-    for access in step.reads:
-        table = project.table(access)
+    for read in project.reads(step):
+        table = project.table(read.access)
         writers = project.writers.get(table, [])
         if not writers or table in said or own in writers or required & set(writers):
             continue
         said.add(table)
         yield Hit(
-            access.offset,
-            f"{own} reads {table}, which {writers[0]} writes, and does not depend on it",
+            read.offset,
+            f"{own} reads {table}{read.way}, which {writers[0]} writes, and does not depend on it",
             f"add to {own}: dependencies: [{writers[0]}]",
         )

@@ -44,7 +44,7 @@ def unused_dependency(step: Step, project: Project) -> Iterator[Hit]:
     procedure = step.procedure
     if procedure is None or step.has_opaque_text or not step.routine.is_readable:
         return
-    read = {project.table(access) for access in step.reads}
+    read = {project.table(one.access) for one in project.reads(step)}
     for name in procedure.dependencies:
         other, needed = project.configured.get(name), project.procedure(name)
         if other is None or needed is None or (procedure.type == "fact" and needed.type == "dimension"):

@@ -52,11 +52,11 @@ def fact_in_dimension(step: Step, project: Project) -> Iterator[Hit]:
     if procedure is None or procedure.type != "dimension":
         return
     required = project.requirements(procedure.name) if procedure.allow_fact_dependency else set()
-    for access in step.reads:
-        writers = project.writers.get(project.table(access), [])
+    for read in project.reads(step):
+        writers = project.writers.get(project.table(read.access), [])
         facts = [name for name in writers if getattr(project.procedure(name), "type", "") == "fact"]
         if facts and procedure.name not in writers and facts[0] not in required:
             yield Hit(
-                access.offset,
-                f"dimension {procedure.name} reads {project.table(access)}, the table of a fact",
+                read.offset,
+                f"dimension {procedure.name} reads {project.table(read.access)}{read.way}, the table of a fact",
             )
