@@ -307,7 +307,8 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_change_baseline", "_request", "_run_status", "_requester", "_is_alive", "_hold", "_rehold",
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
     "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
-    "_definition", "_close_helpers",
+    "_definition", "_close_helpers", "_resumptions", "_sum_counts",
+    "_succeeded_at",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock or a connection that is the caller's own."""
 
@@ -330,7 +331,9 @@ AS_A_REQUEST = {
 }
 """Helpers that refuse what the verb they belong to refuses."""
 
-AS_THE_VERB = frozenset({"_submit", "_enlist", "_time_out_steps", "_withdraw_timeout"})
+AS_THE_VERB = frozenset(
+    {"_submit", "_enlist", "_time_out_steps", "_withdraw_timeout", "_purge_batch", "_note_purge"}
+)
 """Helpers that are all there is to a verb which any operator may call at any time."""
 
 ON_REQUEST = {
