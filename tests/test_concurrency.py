@@ -311,6 +311,7 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_bucket_bounds", "_bucket", "_live_outcomes", "_waits", "_usual_ms", "_freshness",
     "_horizon_now", "_config_drift", "_clock_beat", "_counted_outcomes", "_close_helpers",
     "_lineage", "_lineage_findings",
+    "_resumptions", "_sum_counts", "_succeeded_at",
 })  # fmt: skip
 """Helpers that change nothing: they read, or take a lock or a connection that is the caller's own."""
 
@@ -333,7 +334,9 @@ AS_A_REQUEST = {
 }
 """Helpers that refuse what the verb they belong to refuses."""
 
-AS_THE_VERB = frozenset({"_submit", "_enlist", "_time_out_steps", "_withdraw_timeout"})
+AS_THE_VERB = frozenset(
+    {"_submit", "_enlist", "_time_out_steps", "_withdraw_timeout", "_purge_batch", "_note_purge"}
+)
 """Helpers that are all there is to a verb which any operator may call at any time."""
 
 ON_REQUEST = {
