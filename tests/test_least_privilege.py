@@ -92,6 +92,28 @@ def test_a_routine_that_a_step_has_altered_runs_nothing_with_more_rights(
     assert found == [{"status": "fail", "remedy": "find out who did that; then b2s migrate installs it anew"}]
 
 
+def test_what_runs_the_team_s_code_first_asks_who_it_runs_as(db: Database) -> None:
+    """Nothing of it, no initial value of a variable either, is evaluated before."""
+    found = (
+        db.connect()
+        .execute(
+            "select p.proname::text, l.lanname::text, p.prosecdef, p.prosrc from pg_proc p"
+            " join pg_language l on l.oid = p.prolang"
+            " where p.pronamespace = 'etl'::regnamespace and p.proowner = 'etl_owner'::regrole"
+        )
+        .fetchall()
+    )
+    for name, language, is_definer, source in found:
+        declared, _, body = source.partition("begin\n")
+        refusal = f"perform etl._fail_altered('etl.{name}'); end if;"
+        guard = f"if current_user operator(pg_catalog.<>) 'etl_owner' then {refusal}"
+        assert (language, is_definer) == ("plpgsql", True), name
+        assert body.lstrip().startswith(guard), name
+        assert ":=" not in declared, name
+        assert " default " not in declared, name
+    assert len(found) >= 6
+
+
 DEFERRED = """
 create table {schema}.watched (n int);
 create function {schema}.tell() returns trigger language plpgsql as $$
