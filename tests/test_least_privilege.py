@@ -250,3 +250,28 @@ def test_the_engine_has_no_right_on_what_steps_read_and_write(db: Database) -> N
         assert ("runs", "ok") in found
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             operator.execute("select * from clean.orders")
+
+
+def test_running_needs_no_right_on_any_table(pipeline: Pipeline) -> None:
+    """The verbs run on what they may be called with; reading tables and views is for people and programs."""
+    pipeline.add("flaky", "if nextval('silver.tries') = 1 then raise exception 'no'; end if")
+    pipeline.sql("create sequence silver.tries")
+    pipeline.add("next", dependencies=["flaky"])
+    pipeline.apply()
+    pipeline.conn.execute("revoke select on all tables in schema etl from etl_reader")
+    operator = pipeline.login("etl_operator")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        operator.execute("select * from etl.runs")
+    run = pipeline.start(operator)
+    assert run.status == "failed"
+    assert operator.execute("call etl.resume_run(%s)", [run.run_id]).fetchone() == (
+        run.run_id + 1,
+        "succeeded",
+    )
+    queued = operator.execute("select run_id from etl.submit_run()").fetchone()
+    assert operator.execute("call etl.work()").fetchone() == (1,)
+    assert queued is not None
+    document = operator.execute("select etl.get_run(%s)", queued).fetchone()
+    assert document is not None
+    assert document[0]["status"] == "succeeded"
+    assert pipeline.trace() == ["next", "next"]
