@@ -373,7 +373,8 @@ def test_what_the_description_says_holds(
     @given(case=cases)
     def holds(case: Any) -> None:
         authorization = f"Bearer {token(role='etl_admin')}"
-        response = case.call(f"http://127.0.0.1:{api.port}", headers={"Authorization": authorization})
+        address = f"http://127.0.0.1:{api.port}"
+        response = case.call(address, headers={"Authorization": authorization}, timeout=60)
         # What the description cannot say: which parameters a procedure takes, how far from UTC places may be.
         found = response.json() if response.status_code == 422 else {"code": "", "detail": ""}
         told = ("(22009)", "the header Idempotency-Key and the field")

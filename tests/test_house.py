@@ -24,7 +24,7 @@ CODE = sorted(
     path for path in PLPGSQL.rglob("*.sql") if path.name != "install.sql" and path.parent.name != "install"
 )
 API = [path for path in CODE if path.parent.name == "api"]
-ENGINE = [path for path in CODE if path.parent.name == "engine"]
+ENGINE = [path for path in CODE if path.parent.name in ("engine", "steps")]
 
 PINNED = "search_path=pg_catalog, pg_temp"
 # A procedure that commits can have no SET clause, and what one sets ends with the routine that has it.

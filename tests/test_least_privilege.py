@@ -92,6 +92,28 @@ def test_a_routine_that_a_step_has_altered_runs_nothing_with_more_rights(
     assert found == [{"status": "fail", "remedy": "find out who did that; then b2s migrate installs it anew"}]
 
 
+def test_what_runs_the_team_s_code_first_asks_who_it_runs_as(db: Database) -> None:
+    """Nothing of it, no initial value of a variable either, is evaluated before."""
+    found = (
+        db.connect()
+        .execute(
+            "select p.proname::text, l.lanname::text, p.prosecdef, p.prosrc from pg_proc p"
+            " join pg_language l on l.oid = p.prolang"
+            " where p.pronamespace = 'etl'::regnamespace and p.proowner = 'etl_owner'::regrole"
+        )
+        .fetchall()
+    )
+    for name, language, is_definer, source in found:
+        declared, _, body = source.partition("begin\n")
+        refusal = f"perform etl._fail_altered('etl.{name}'); end if;"
+        guard = f"if current_user operator(pg_catalog.<>) 'etl_owner' then {refusal}"
+        assert (language, is_definer) == ("plpgsql", True), name
+        assert body.lstrip().startswith(guard), name
+        assert ":=" not in declared, name
+        assert " default " not in declared, name
+    assert len(found) >= 6
+
+
 DEFERRED = """
 create table {schema}.watched (n int);
 create function {schema}.tell() returns trigger language plpgsql as $$
@@ -228,3 +250,28 @@ def test_the_engine_has_no_right_on_what_steps_read_and_write(db: Database) -> N
         assert ("runs", "ok") in found
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             operator.execute("select * from clean.orders")
+
+
+def test_running_needs_no_right_on_any_table(pipeline: Pipeline) -> None:
+    """The verbs run on what they may be called with; reading tables and views is for people and programs."""
+    pipeline.add("flaky", "if nextval('silver.tries') = 1 then raise exception 'no'; end if")
+    pipeline.sql("create sequence silver.tries")
+    pipeline.add("next", dependencies=["flaky"])
+    pipeline.apply()
+    pipeline.conn.execute("revoke select on all tables in schema etl from etl_reader")
+    operator = pipeline.login("etl_operator")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        operator.execute("select * from etl.runs")
+    run = pipeline.start(operator)
+    assert run.status == "failed"
+    assert operator.execute("call etl.resume_run(%s)", [run.run_id]).fetchone() == (
+        run.run_id + 1,
+        "succeeded",
+    )
+    queued = operator.execute("select run_id from etl.submit_run()").fetchone()
+    assert operator.execute("call etl.work()").fetchone() == (1,)
+    assert queued is not None
+    document = operator.execute("select etl.get_run(%s)", queued).fetchone()
+    assert document is not None
+    assert document[0]["status"] == "succeeded"
+    assert pipeline.trace() == ["next", "next"]

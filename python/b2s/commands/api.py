@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from b2s.commands.worker import add_log, log_of
 from b2s.options import seconds
 
 if TYPE_CHECKING:
@@ -65,12 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(limits, "--timeout", "B2S_API_TIMEOUT", "10s", "of a request", metavar="TIME")
     add(limits, "--max-body", "B2S_API_MAX_BODY", "65536", "bytes of a body", type=int)
     add(limits, "--grace", "B2S_API_GRACE", "30s", "for requests under way when told to stop", metavar="TIME")
-    parser.add_argument_group("what to show").add_argument(
-        "--log-format",
-        choices=("json", "console"),
-        default=os.environ.get("B2S_LOG_FORMAT") or None,
-        help="log lines on stderr (B2S_LOG_FORMAT; default: console on a terminal, else json)",
-    )
+    add_log(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -83,12 +79,7 @@ def execute(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"b2s api needs the extra api ({error.name} is missing)", "pip install 'b2s[api]'"
         ) from None
-    import sys
-
-    from b2s.progress import logger
-
-    log_format = arguments.log_format or ("console" if sys.stderr.isatty() else "json")
-    log = logger(log_format, sys.stderr)
+    log = log_of(arguments)
     rules, limits = _rules(arguments), _limits(arguments)
     if bool(arguments.tls_cert) is not bool(arguments.tls_key):
         raise UsageError("--tls-cert and --tls-key belong together", "give both, or neither")

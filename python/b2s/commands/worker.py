@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     when.add_argument("--once", action="store_true", help="end when nothing is queued any more")
     when.add_argument("--poll", default="1s", metavar="TIME", help="look for runs at least so often (1s)")
     when.add_argument("--grace", default="30s", metavar="TIME", help="time to finish when told to stop (30s)")
+    add_log(parser)
+
+
+def add_log(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that stay, and log what they do."""
     parser.add_argument_group("what to show").add_argument(
         "--log-format",
         choices=("json", "console"),
@@ -47,23 +53,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Works, and logs what happens; with --json prints at the end how many runs it worked on."""
+def log_of(arguments: argparse.Namespace) -> Any:
+    """The logger that the option asks for: for people on a terminal, for programs elsewhere."""
     import sys
 
+    from b2s.progress import logger
+
+    return logger(arguments.log_format or ("console" if sys.stderr.isatty() else "json"), sys.stderr)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Works, and logs what happens; with --json prints at the end how many runs it worked on."""
     from b2s.commands.run import check_workers
     from b2s.options import seconds
     from b2s.output import print_json
-    from b2s.progress import logger
     from b2s.worker import Team
 
     check_workers(arguments.workers)
-    log_format = arguments.log_format or ("console" if sys.stderr.isatty() else "json")
     team = Team(
         arguments.dsn,
         arguments.workers,
         list(dict.fromkeys(arguments.pipeline)),
-        logger(log_format, sys.stderr),
+        log_of(arguments),
         poll=seconds("--poll", arguments.poll),
         is_once=arguments.once,
         is_clock=arguments.schedule,
