@@ -96,6 +96,17 @@ def test_what_a_step_said_survives_that_it_is_rolled_back(pipeline: Pipeline) ->
     assert lines(pipeline) == [(1, 1, 1, "a", "error", "it's \\ bad: é", True)]
 
 
+def test_what_a_failed_step_said_is_there_while_the_run_goes_on(pipeline: Pipeline) -> None:
+    pipeline.add("a", f"{SAYS}; raise exception 'no'")
+    pipeline.add("b", Gate.WAIT)
+    pipeline.apply()
+    with pipeline.gate() as gate:
+        running = pipeline.start_in_background()
+        gate.wait_for_arrivals()
+        assert lines(pipeline) == [(1, 1, 1, "a", "info", "about to begin", True)]
+    running.result()
+
+
 def test_each_attempt_keeps_what_it_said(pipeline: Pipeline) -> None:
     pipeline.sql("create sequence silver.tries")
     pipeline.add("a", "perform etl.log('info', 'try ' || nextval('silver.tries'));"
