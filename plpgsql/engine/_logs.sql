@@ -22,8 +22,8 @@ declare
   v_month timestamp := date_trunc('month', at at time zone 'UTC');
 begin
   if to_regclass('etl.' || v_name) is not null then return; end if;
-  if is_needed then lock table etl.step_logs in access exclusive mode;
-  else lock table etl.step_logs in access exclusive mode nowait; end if;
+  if is_needed then lock table only etl.step_logs in access exclusive mode;
+  else lock table only etl.step_logs in access exclusive mode nowait; end if;
   if to_regclass('etl.' || v_name) is null then
     execute format('create table etl.%I partition of etl.step_logs for values from (%L) to (%L)', v_name, v_month || '+00', v_month + interval '1 month' || '+00');
   end if;
