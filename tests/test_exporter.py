@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import shutil
 import signal
 import socket
 import ssl
@@ -458,6 +459,8 @@ def test_a_file_without_a_name_and_a_password_is_refused(
 
 def certificate(folder: Path) -> tuple[Path, Path]:
     """A private key, and a certificate for it that it has signed itself."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate with")
     key, cert = folder / "key.pem", folder / "cert.pem"
     what = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     where = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]

@@ -96,6 +96,17 @@ def test_what_a_step_said_survives_that_it_is_rolled_back(pipeline: Pipeline) ->
     assert lines(pipeline) == [(1, 1, 1, "a", "error", "it's \\ bad: é", True)]
 
 
+def test_what_a_failed_step_said_is_there_while_the_run_goes_on(pipeline: Pipeline) -> None:
+    pipeline.add("a", f"{SAYS}; raise exception 'no'")
+    pipeline.add("b", Gate.WAIT)
+    pipeline.apply()
+    with pipeline.gate() as gate:
+        running = pipeline.start_in_background()
+        gate.wait_for_arrivals()
+        assert lines(pipeline) == [(1, 1, 1, "a", "info", "about to begin", True)]
+    running.result()
+
+
 def test_each_attempt_keeps_what_it_said(pipeline: Pipeline) -> None:
     pipeline.sql("create sequence silver.tries")
     pipeline.add("a", "perform etl.log('info', 'try ' || nextval('silver.tries'));"
@@ -267,9 +278,9 @@ def test_a_setting_of_the_session_makes_nobody_a_step(pipeline: Pipeline) -> Non
     pipeline.add("a")
     pipeline.apply()
     reader = pipeline.login("etl_reader")
-    reader.execute("set b2s.step = '1 1 1 a'")
     pipeline.start()
-    reader.execute("select etl.log('error', 'forged')")
+    for setting in ("1 1 1 a", "x", "99999999999999999999 1 1 a", ""):
+        reader.execute("select set_config('b2s.step', %s, false), etl.log('error', 'forged')", [setting])
     assert lines(pipeline) == []
 
 
@@ -325,10 +336,23 @@ def test_each_month_has_a_partition_made_by_whoever_needs_it_first(pipeline: Pip
     assert len(partitions(pipeline)) == 2
 
 
+def test_a_reader_of_the_log_holds_up_no_run(pipeline: Pipeline) -> None:
+    """The month to come is made by a later run then; only a month that is needed now is waited for."""
+    pipeline.add("a")
+    pipeline.apply()
+    with pipeline.db.connect(autocommit=False) as reader:
+        reader.execute("select * from etl.step_logs")
+        assert pipeline.start().status == "succeeded"
+        assert partitions(pipeline) == []
+        reader.rollback()
+    pipeline.start()
+    assert len(partitions(pipeline)) == 1
+
+
 def test_months_change_in_utc_and_at_the_turn_of_the_year(pipeline: Pipeline) -> None:
     pipeline.conn.execute("set timezone = 'Asia/Tokyo'")
     for moment in ("2026-12-31 23:59:59.999999+00", "2027-01-01 00:00:00+00"):
-        pipeline.conn.execute("select etl._make_log_partition(%s)", [moment])
+        pipeline.conn.execute("select etl._make_log_partition(%s, true)", [moment])
     assert partitions(pipeline) == ["etl.step_logs_p202612", "etl.step_logs_p202701"]
     for moment, month in (("2026-12-31 23:59:59.999999+00", "202612"), ("2027-01-01 00:00:00+00", "202701")):
         (found,) = pipeline.column(

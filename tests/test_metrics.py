@@ -249,7 +249,7 @@ def test_chunks_of_a_backfill_have_a_mode_of_their_own_and_make_nothing_fresh(pi
 
 def test_a_long_backfill_is_counted_as_it_goes_on_and_each_chunk_once(pipeline: Pipeline) -> None:
     pipeline.sql("create table bronze.t (id bigint); insert into bronze.t select generate_series(1, 250)")
-    body = f"if p_since = 220 then {Gate.WAIT}; elsif p_since = 130 then raise exception 'no'; end if"
+    body = f"if p_since = 220 then {Gate.WAIT}; elsif p_since = 30 then raise exception 'no'; end if"
     pipeline.add(
         "a",
         body,

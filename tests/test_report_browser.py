@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
 
 from b2s.report.page import render
 from tests.reports import synthetic
-
-webdriver = pytest.importorskip("selenium.webdriver")
-Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 
 _OPTIONS: Final = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
 _CONTRAST: Final = """

@@ -6,7 +6,7 @@
 create or replace function etl.log(level text, message text, data jsonb default null) returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_step  text[] := string_to_array(nullif(current_setting('b2s.step', true), ''), ' ');
+  v_step  text[] := string_to_array(substring(current_setting('b2s.step', true) from '^[0-9]{1,18} [0-9]{1,9} [0-9]{1,9} .+$'), ' ');
   v_lines int := coalesce(nullif(current_setting('b2s.log_lines', true), '')::int, 0) + 1;
   v_level text := case when lower(level) in ('warning', 'warn') then 'warning' when lower(level) in ('error', 'critical', 'fatal') then 'error'
                        when lower(level) like 'debug%' then 'debug' else 'info' end;

@@ -12,22 +12,27 @@ return 'step_logs_p' || to_char(at at time zone 'UTC', 'YYYYMM');
 comment on function etl._log_partition(timestamptz) is 'The name of the partition of etl.step_logs that holds a moment.';
 revoke all on function etl._log_partition(timestamptz) from public;
 
--- Nobody needs a clock for that: each run that ends makes the month after the one it ends in; a line of a month that has none yet
--- makes its own. Two that make the same one wait for each other, and having waited for the lock is what shows the other's to the second.
-create or replace function etl._make_log_partition(at timestamptz) returns void
+-- Nobody needs a clock for that: each run that ends makes the month after the one it ends in, unless somebody is just reading; a line of
+-- a month that has none yet makes its own, and waits. Two that make the same one wait for each other: having waited for the lock is what
+-- shows the other's to the second.
+create or replace function etl._make_log_partition(at timestamptz, is_needed boolean) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_name  text := etl._log_partition(at);
   v_month timestamp := date_trunc('month', at at time zone 'UTC');
 begin
   if to_regclass('etl.' || v_name) is not null then return; end if;
-  lock table etl.step_logs in access exclusive mode;
+  if is_needed then lock table only etl.step_logs in access exclusive mode;
+  else lock table only etl.step_logs in access exclusive mode nowait; end if;
   if to_regclass('etl.' || v_name) is null then
     execute format('create table etl.%I partition of etl.step_logs for values from (%L) to (%L)', v_name, v_month || '+00', v_month + interval '1 month' || '+00');
   end if;
+exception when lock_not_available then
+  if is_needed then raise; end if;
 end $$;
-comment on function etl._make_log_partition(timestamptz) is 'Creates the partition of etl.step_logs for the month of a moment, unless it is there.';
-revoke all on function etl._make_log_partition(timestamptz) from public;
+comment on function etl._make_log_partition(timestamptz, boolean) is
+  'Creates the partition of etl.step_logs for the month of a moment, unless it is there; when it is not needed yet, only if nobody has to be waited for.';
+revoke all on function etl._make_log_partition(timestamptz, boolean) from public;
 
 -- Read as text and never executed: with the rights of the owner that would execute whatever a client has prepared under such a name.
 create or replace function etl._prepared_logs() returns table (name text, line jsonb)
@@ -58,7 +63,7 @@ declare
   v_month  timestamptz;
 begin
   if v_months = '{}' then return; end if;
-  foreach v_month in array v_months loop perform etl._make_log_partition(v_month); end loop;
+  foreach v_month in array v_months loop perform etl._make_log_partition(v_month, true); end loop;
   insert into etl.step_logs (log_id, logged_at, run_id, order_index, attempt, procedure_name, level, message, data, is_rolled_back)
   select substring(l.name from '[0-9]+$')::bigint, (l.line->>'at')::timestamptz, p.run_id, p.order_index, p.attempt, p.procedure_name,
          l.line->>'level', l.line->>'message', l.line->'data', p.status in ('failed', 'retrying', 'rolled_back', 'cancelled')

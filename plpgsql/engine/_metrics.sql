@@ -121,7 +121,7 @@ revoke all on function etl._count_chunks(etl.runs, int) from public;
 create or replace function etl._count_ended_run() returns trigger
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  perform etl._count_runs(array[new.run_id]), etl._make_log_partition(clock_timestamp() + interval '1 month');
+  perform etl._count_runs(array[new.run_id]), etl._make_log_partition(clock_timestamp() + interval '1 month', false);
   return null;
 end $$;
 comment on function etl._count_ended_run() is 'Trigger: counts a run in the transaction that ends it, and sees to it that next month has a partition for log lines.';
@@ -130,13 +130,19 @@ revoke all on function etl._count_ended_run() from public;
 create or replace trigger an_ended_run_is_counted after update on etl.runs
   for each row when (old.ended_at is null and new.ended_at is not null) execute function etl._count_ended_run();
 
--- After an upgrade from a release that did not count: what its history holds.
+-- After an upgrade from a release that did not count: what its history holds, a thousand runs at a time.
 create or replace function etl._count_history() returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_runs bigint[];
 begin
-  if not exists (select from etl.metrics) then
-    perform etl._count_runs(array(select r.run_id from etl.runs r where r.ended_at is not null));
-  end if;
+  if exists (select from etl.metrics) then return; end if;
+  for v_runs in
+    select array_agg(q.run_id) from (select r.run_id, row_number() over (order by r.run_id) as n from etl.runs r where r.ended_at is not null) q
+     group by (q.n - 1) / 1000 order by min(q.run_id)
+  loop
+    perform etl._count_runs(v_runs);
+  end loop;
 end $$;
 comment on function etl._count_history() is 'Counts all runs that have ended when none was counted yet. Called by each install.';
 revoke all on function etl._count_history() from public;

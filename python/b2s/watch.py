@@ -48,7 +48,7 @@ def _show(found: Mapping[str, Any], lines: Lines, *, is_json: bool) -> None:
 
 
 def _print(lines: Iterable[str], *, is_json: bool) -> None:
-    """In place on a terminal: what is longer than it is cut off, so that the top stays."""
+    """In place on a terminal: what is longer or wider than it is cut off, so that the top stays."""
     look = style()
     at = datetime.now().astimezone().strftime("%H:%M:%S")
     shown = [look.paint(at, "dim"), *lines]
@@ -58,7 +58,7 @@ def _print(lines: Iterable[str], *, is_json: bool) -> None:
         print("\n".join([*shown, ""]), flush=True)
     else:
         text = "".join(f"{line}\x1b[K\n" for line in shown[: _height() - 1])
-        sys.stdout.write(f"\x1b[H{text}\x1b[J")
+        sys.stdout.write(f"\x1b[?7l\x1b[H{text}\x1b[J\x1b[?7h")
         sys.stdout.flush()
 
 
