@@ -80,7 +80,7 @@ comment on column etl.metrics_pipelines.lock_wait_seconds is 'For how long the o
 create or replace view etl.metrics_server as
 select i.version, array(select m.name from etl.migrations m order by m.name) as migrations, h.horizon, h.held_back_by,
        coalesce((select f.is_frozen from etl.full_refresh_freezes f order by f.freeze_id desc limit 1), false) as is_full_refresh_frozen,
-       etl._clock_beat() as clock_at, (select count(*) from etl.schedules s where s.is_active) as schedule_count
+       (select h.beat_at from etl.heartbeats h where h.name = 'clock') as clock_at, (select count(*) from etl.schedules s where s.is_active) as schedule_count
   from etl.installation i cross join lateral etl._horizon_now() h;
 comment on view etl.metrics_server is 'The installation, and how far back the oldest open transaction of this database reaches. One row.';
 comment on column etl.metrics_server.horizon is 'Nothing can still be committed with a time before this; null: a session hides since when it is in a transaction.';
@@ -98,7 +98,7 @@ select r.run_id, l.name as pipeline, r.kind, s.order_index, s.subject, s.mode, s
            etl._usual_ms(p.procedure_id, p.mode, r.kind = 'backfill') as usual_ms
       from etl.procedure_runs p where p.run_id = r.run_id and p.status = 'running'
     union all
-    select null, m.mv_name, 'refresh', 1, m.worker_pid, m.started_at, null from etl.mv_refreshes m where m.run_id = r.run_id and m.status = 'running') s
+    select null as order_index, m.mv_name, 'refresh' as mode, 1 as attempt, m.worker_pid, m.started_at, null as usual_ms from etl.mv_refreshes m where m.run_id = r.run_id and m.status = 'running') s
   left join etl._waits() w on w.run_id = r.run_id and w.pid = s.pid
  where r.status = 'running';
 comment on view etl.active_steps is 'What is being executed now: by which session, since when, how long it usually takes, and who is in its way.';

@@ -193,10 +193,10 @@ class Pipeline:
 
     # -- building --
 
-    def sql(self, script: str) -> None:
-        """Run statements as etl_owner."""
+    def sql(self, script: str, role: str = "etl_owner") -> None:
+        """Run statements as etl_owner, whose are Bronze and Silver, or as etl_engine, whose is schema etl."""
         with self.db.connect() as conn:
-            conn.execute(script.encode() if script == _OBJECTS else f"set role etl_owner; {script}".encode())
+            conn.execute(script.encode() if script == _OBJECTS else f"set role {role}; {script}".encode())
 
     def routine(
         self, name: str, body: str | None = None, arguments: str = "", returns: str = "bigint"

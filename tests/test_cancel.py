@@ -388,7 +388,7 @@ def interrupted(pipeline: Pipeline) -> Connection:
     """A session whose CALL was cancelled during a commit, where nothing can be recorded; it idles."""
     pipeline.add("load")
     pipeline.apply()
-    pipeline.sql(_SLOW_COMMIT)
+    pipeline.conn.execute(_SLOW_COMMIT)
     conn = pipeline.db.connect()
     started = pipeline.start_in_background(conn)
     wait_until(
@@ -399,7 +399,7 @@ def interrupted(pipeline: Pipeline) -> Connection:
     pipeline.value("select pg_cancel_backend(%s)", conn.info.backend_pid)
     with pytest.raises(psycopg.errors.QueryCanceled):
         started.result()
-    pipeline.sql("drop trigger dawdle on etl.procedure_runs")
+    pipeline.conn.execute("drop trigger dawdle on etl.procedure_runs")
     assert not is_lock_free(pipeline)
     assert pipeline.run(1)["status"] == "running"
     return conn
@@ -456,7 +456,7 @@ def test_where_sessions_are_hidden_a_run_lives_as_long_as_its_lock(private_serve
     db = private_server.create_database(template=private_server.migrated_template())
     with Pipeline(db) as pipeline:
         three_steps(pipeline)
-        pipeline.conn.execute("revoke pg_read_all_stats from etl_owner")
+        pipeline.conn.execute("revoke pg_read_all_stats from etl_engine")
         with pipeline.gate() as gate:
             started = pipeline.start_in_background(pipeline.login("etl_operator"))
             gate.wait_for_arrivals()

@@ -309,7 +309,7 @@ ANY_CALLER: frozenset[str] = frozenset({
     "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
     "_definition", "_is_front_end", "_awaits_approval", "_subject", "_requesting_role", "_needs_approval",
     "_bucket_bounds", "_bucket", "_live_outcomes", "_waits", "_usual_ms", "_freshness",
-    "_horizon_now", "_config_drift", "_clock_beat", "_counted_outcomes", "_close_helpers",
+    "_horizon_now", "_config_drift", "_counted_outcomes", "_close_helpers",
     "_lineage", "_lineage_findings",
     "_resumptions", "_sum_counts", "_succeeded_at",
 })  # fmt: skip

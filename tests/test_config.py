@@ -125,6 +125,7 @@ def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: P
         "max_concurrency": 4,
         "search_path": ["silver", "bronze"],
         "observe_lineage": "daily",
+        "approvals": "none",
         "helper_server": None,
         "groups": [
             {"name": "customers", "description": "Who buys."},

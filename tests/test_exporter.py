@@ -281,9 +281,7 @@ def test_a_clock_shows_since_when_it_has_been_silent(pipeline: Pipeline) -> None
     assert got.value("transformation_schedules") == 0
     assert "transformation_clock_timestamp_seconds" not in got.names(), "there was none yet"
     pipeline.sql(
-        "create table if not exists etl.heartbeats (name text primary key, beat_at timestamptz not null,"
-        " session_user_name text not null, application_name text not null, detail text);"
-        "insert into etl.heartbeats values ('clock', '2026-11-29 02:00+00', 'a', 'b')"
+        "insert into etl.heartbeats values ('clock', '2026-11-29 02:00+00', 'a', 'b')", role="etl_engine"
     )
     moment = scrape(pipeline.db.dsn).value("transformation_clock_timestamp_seconds")
     assert moment == datetime(2026, 11, 29, 2, tzinfo=UTC).timestamp()

@@ -426,11 +426,11 @@ def test_a_setting_that_stalls_the_scheduler_is_found(shell: Shell, cron: Connec
     shell.user = "postgres"
     shell.write(FILE.replace("b2s_clock}", "b2s_clock, workers: 30}"))
     shell("sync-config")
-    cron.execute("grant pg_read_all_settings to etl_owner")
+    cron.execute("grant pg_read_all_settings to etl_engine")
     try:
         found = [one["detail"] for one in findings(shell, "pg_cron") if one["status"] == "warn"]
     finally:
-        cron.execute("revoke pg_read_all_settings from etl_owner")
+        cron.execute("revoke pg_read_all_settings from etl_engine")
     assert found == [
         "30 worker jobs, each of which lasts as long as a run, and cron.max_running_jobs = 32: "
         "the clock may have to wait for them"

@@ -196,7 +196,7 @@ def test_a_step_is_looked_at_once_per_mode_and_definition_and_day(pipeline: Pipe
     pipeline.routine("orders", f"{ORDERS}; perform from silver.totals")
     assert marked(pipeline, pipeline.start().run_id) == [True]
     assert edges(pipeline)["orders"]["silver.totals"] == {"read"}
-    pipeline.sql("update etl.lineage_scans set scanned_at = scanned_at - interval '25 hours'")
+    pipeline.conn.execute("update etl.lineage_scans set scanned_at = scanned_at - interval '25 hours'")
     assert marked(pipeline, pipeline.start().run_id) == [True]
 
 

@@ -17,9 +17,10 @@ from tests.test_migrate import fingerprint, psql
 from tests.test_upgrade import TABLES, contents
 
 ROLES: Final = """
-create role etl_owner nologin; create role etl_admin nologin; create role etl_operator nologin;
-create role etl_reader nologin; create role etl_retention nologin;
-grant etl_reader to etl_operator; grant etl_operator to etl_admin; grant pg_read_all_stats to etl_owner"""
+create role etl_engine nologin; create role etl_owner nologin; create role etl_admin nologin;
+create role etl_operator nologin; create role etl_reader nologin; create role etl_frontend nologin;
+create role etl_retention nologin; grant etl_reader to etl_operator, etl_owner;
+grant etl_operator to etl_admin; grant pg_read_all_stats, pg_signal_backend to etl_engine"""
 ARRIVED: Final = """
 insert into silver.copies select id from bronze.rows where etl.arrived(etl_xid, p_since, p_until)
 on conflict do nothing"""

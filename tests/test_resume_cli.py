@@ -500,7 +500,7 @@ def test_a_reader_sees_the_source_of_what_it_may_use(failing: Pipeline, cli: Cli
     cli("run")
     reader: Connection = failing.login("etl_reader")
     hidden = enrich(reader, get_run(reader, 1))["steps"][1]
-    assert (hidden["places"], hidden["is_changed"]) == ([], None)
+    assert (hidden["places"], hidden["is_changed"]) == ([], False)
     failing.sql("grant usage on schema silver to etl_reader")
     seen = enrich(reader, get_run(reader, 1))["steps"][1]
     assert ([place["routine"] for place in seen["places"]], seen["is_changed"]) == (["silver.b()"], False)

@@ -43,7 +43,9 @@ def schedule(pipeline: Pipeline, next_at: datetime = DUE, **settings: Any) -> No
 
 
 def expect_next(pipeline: Pipeline, next_at: datetime) -> None:
-    pipeline.sql(f"update etl.schedules set next_at = '{next_at.isoformat()}' where is_active")
+    pipeline.sql(
+        f"update etl.schedules set next_at = '{next_at.isoformat()}' where is_active", role="etl_engine"
+    )
 
 
 def tick(pipeline: Pipeline, at: datetime = DUE, conn: Connection | None = None) -> list[Row]:
@@ -113,7 +115,7 @@ def test_a_slot_that_is_fired_twice_is_one_run(pipeline: Pipeline) -> None:
     assert tick(pipeline) == []
     expect_next(pipeline, DUE)
     assert tick(pipeline) == []
-    pipeline.sql("delete from etl.schedule_slots")
+    pipeline.sql("delete from etl.schedule_slots", role="etl_engine")
     expect_next(pipeline, DUE)
     tick(pipeline)
     assert pipeline.value("select count(*) from etl.runs") == 1
@@ -137,7 +139,9 @@ def test_two_clocks_side_by_side_decide_a_slot_once(pipeline: Pipeline) -> None:
 def test_a_worker_can_be_the_clock_as_well(pipeline: Pipeline) -> None:
     pipeline.apply(schedules=[{**NIGHTLY, "cron": "* * * * *"}])
     assert run_due(pipeline) == 0
-    pipeline.sql("update etl.schedules set next_at = date_trunc('minute', clock_timestamp())")
+    pipeline.sql(
+        "update etl.schedules set next_at = date_trunc('minute', clock_timestamp())", role="etl_engine"
+    )
     assert work(pipeline) == 0
     assert run_due(pipeline) == 1
     assert pipeline.trace() == ["orders"]
@@ -150,7 +154,9 @@ def test_a_worker_that_is_a_clock_in_a_transaction_says_so(pipeline: Pipeline) -
 
 def test_an_operator_may_be_a_clock(pipeline: Pipeline) -> None:
     pipeline.apply(schedules=[{**NIGHTLY, "cron": "* * * * *"}])
-    pipeline.sql("update etl.schedules set next_at = date_trunc('minute', clock_timestamp())")
+    pipeline.sql(
+        "update etl.schedules set next_at = date_trunc('minute', clock_timestamp())", role="etl_engine"
+    )
     operator = pipeline.login("etl_operator")
     ((name, schedule_name, _, outcome, run_id, *_),) = operator.execute(
         "select * from etl.fire_schedules()"
@@ -328,7 +334,7 @@ def test_a_scheduled_full_refresh_keeps_its_guardrails(pipeline: Pipeline) -> No
     run = pipeline.run(slot["run_id"])
     assert (run["status"], run["mode"], run["reason"]) == ("succeeded", "full", reason)
     operator = pipeline.login("etl_operator")
-    pipeline.sql("update etl.schedules set next_at = clock_timestamp()")
+    pipeline.sql("update etl.schedules set next_at = clock_timestamp()", role="etl_engine")
     ((*_, outcome, run_id, _, reason),) = operator.execute("select * from etl.fire_schedules()").fetchall()
     assert (outcome, pipeline.run(run_id)["error_code"]) == ("failed", "full_refresh.not_admin")
     pipeline.conn.execute("select etl.freeze_full_refresh(true, reason => 'closing the books')")
@@ -341,7 +347,8 @@ def test_one_schedule_that_cannot_be_fired_does_not_stop_the_others(pipeline: Pi
     expect_next(pipeline, DUE)
     pipeline.sql(
         'update etl.schedules set definition = definition || \'{"timezone": "Gone"}\''
-        " where name = 'nightly'"
+        " where name = 'nightly'",
+        role="etl_engine",
     )
     messages = messages_of(pipeline.conn)
     assert [slot["outcome"] for slot in tick(pipeline)] == ["submitted"]
@@ -404,12 +411,15 @@ def test_a_schedule_without_a_successful_run_is_late(pipeline: Pipeline) -> None
     pipeline.sql(
         "insert into etl.schedule_slots"
         " select schedule_id, now() - interval '11 minutes', now(), 'skipped', null, 0, 'x'"
-        " from etl.schedules"
+        " from etl.schedules",
+        role="etl_engine",
     )
     found = health(pipeline)
     assert found["is_late"]
     assert abs(found["late_since"] - (now - timedelta(minutes=11))) < timedelta(minutes=1)
-    pipeline.sql("update etl.schedules set next_at = clock_timestamp() - interval '1 minute'")
+    pipeline.sql(
+        "update etl.schedules set next_at = clock_timestamp() - interval '1 minute'", role="etl_engine"
+    )
     pipeline.conn.execute("select * from etl.fire_schedules()")
     assert health(pipeline)["is_late"]
     work(pipeline)

@@ -75,14 +75,3 @@ comment on function etl._horizon_now() is
   'The time before which nothing can still be committed in this database, and what keeps it from being now; null when a session hides since when it is in a transaction.';
 revoke all on function etl._horizon_now() from public;
 grant execute on function etl._horizon_now() to etl_reader;
-
--- Where there is no clock yet there is no table for its heartbeats either.
-create or replace function etl._clock_beat() returns timestamptz
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
-begin
-  if to_regclass('etl.heartbeats') is null then return null; end if;
-  return (select h.beat_at from etl.heartbeats h where h.name = 'clock');
-end $$;
-comment on function etl._clock_beat() is 'When a clock last asked what is due; null: none ever did.';
-revoke all on function etl._clock_beat() from public;
-grant execute on function etl._clock_beat() to etl_reader;

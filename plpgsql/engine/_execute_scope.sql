@@ -106,7 +106,7 @@ begin
   v_called := etl._call_routine(step, is_last);
   v_counts := etl._count_changes(seen);
   seen := v_counts.seen;
-  if step.settings ? 'observe' then v_relations := etl._observed_relations(v_relations, v_counts.changes); end if;
+  if step.settings ? 'observe' then v_relations := etl._observed_relations(v_relations, v_called.lock_marks, v_counts.changes); end if;
   v_rows := v_called.row_count;
   if v_rows is null then
     select coalesce(sum((t.value->>'inserted')::bigint + (t.value->>'updated')::bigint + (t.value->>'deleted')::bigint), 0)

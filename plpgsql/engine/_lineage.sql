@@ -68,7 +68,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   with used as materialized (
     select p.procedure_id, etl._relation_name(u.relation) as relation, u.columns
       from etl.procedures p
-      join pg_catalog.pg_proc f on f.oid = to_regprocedure(p.routine_signature) and f.prosqlbody is not null
+      join pg_catalog.pg_proc f on f.prosqlbody is not null and f.oid::regprocedure::text = p.routine_signature
       cross join lateral etl._routine_uses(f.oid) u
      where p.is_active
   ), known as materialized (

@@ -26,6 +26,7 @@ begin
   else lock table only etl.step_logs in access exclusive mode nowait; end if;
   if to_regclass('etl.' || v_name) is null then
     execute format('create table etl.%I partition of etl.step_logs for values from (%L) to (%L)', v_name, v_month || '+00', v_month + interval '1 month' || '+00');
+    execute format('grant select on etl.%I to etl_reader', v_name);
   end if;
 exception when lock_not_available then
   if is_needed then raise; end if;

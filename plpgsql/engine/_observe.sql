@@ -34,11 +34,12 @@ begin
 end $$;
 comment on function etl._lock_marks() is 'The relations this transaction has locked, by oid and mode, each with a counter that rises when it is read.';
 revoke all on function etl._lock_marks() from public;
+grant execute on function etl._lock_marks() to etl_owner;
 
 -- PL/pgSQL, which keeps its plan: planning this anew for each step would cost several times what it does. Index lookups for what is
 -- locked, not a scan of a catalog that may hold ten thousand tables.
--- before: the marks when the step began, null for the first of its transaction. changes: its rows per table.
-create or replace function etl._observed_relations(before jsonb, changes jsonb) returns jsonb
+-- before: the marks when the step began, null for the first of its transaction; after: those when its routine ended. changes: its rows per table.
+create or replace function etl._observed_relations(before jsonb, after jsonb, changes jsonb) returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan set jit = off
   set enable_hashjoin = off set enable_mergejoin = off set enable_seqscan = off as $$
 begin
@@ -46,7 +47,7 @@ begin
   with marks as (
     select split_part(m.key, ':', 1)::oid as oid, split_part(m.key, ':', 2) as mode, not coalesce(before ? m.key, false) as is_new,
            m.value::bigint > coalesce((before->>m.key)::bigint, 0) as is_scanned
-      from jsonb_each_text(etl._lock_marks()) m
+      from jsonb_each_text(after) m
   ), held as (
     select m.oid, m.mode, m.is_new, m.is_scanned from marks m
     union all
@@ -80,9 +81,9 @@ begin
                                     case when r.is_referenced and not r.is_read then 'reference' end]) a(access)
    where a.access is not null);
 end $$;
-comment on function etl._observed_relations(jsonb, jsonb) is
+comment on function etl._observed_relations(jsonb, jsonb, jsonb) is
   'What the step that has just been executed locked: [{"relation", "access": "read", "write" or "reference", "rows"}].';
-revoke all on function etl._observed_relations(jsonb, jsonb) from public;
+revoke all on function etl._observed_relations(jsonb, jsonb, jsonb) from public;
 
 -- With the claim that follows the commit of the step.
 create or replace function etl._record_observation(event jsonb) returns void

@@ -18,8 +18,15 @@ grant execute on function etl._kept_since(text, int) to etl_retention;
 -- Tables of others, too: what has a foreign key to a run keeps it.
 create or replace function etl._reference_sql() returns text
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(string_agg(format(' and not exists (select from %s x where x.%I = r.run_id)', k.conrelid::regclass, a.attname), '' order by k.conname, k.oid), '')
-    from pg_catalog.pg_constraint k join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
+  select coalesce(string_agg(
+           case when has_column_privilege(k.conrelid, a.attname, 'select') and has_schema_privilege(c.relnamespace, 'usage')
+                then format(' and not exists (select from %s x where x.%I = r.run_id)', k.conrelid::regclass, a.attname)
+                else etl._fail('PT403', 'purge.not_readable', format('%s refers to runs, and etl_engine, which purges them, may not read it', k.conrelid::regclass),
+                       format('grant usage on schema %s to etl_engine; grant select on %s to etl_engine', c.relnamespace::regnamespace, k.conrelid::regclass))::text end,
+           '' order by k.conname, k.oid), '')
+    from pg_catalog.pg_constraint k
+    join pg_catalog.pg_class c on c.oid = k.conrelid
+    join pg_catalog.pg_attribute a on a.attrelid = k.conrelid and a.attnum = k.conkey[1]
    where k.contype = 'f' and k.confrelid = 'etl.runs'::regclass and k.conparentid = 0
      and k.conrelid not in ('etl.run_workers'::regclass, 'etl.mv_refreshes'::regclass)
 $$;
@@ -153,7 +160,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp set lock_timeout
 begin
   select c.oid::regclass::text into dropped
     from pg_catalog.pg_inherits i join pg_catalog.pg_class c on c.oid = i.inhrelid
-   where i.inhparent = to_regclass('etl.step_logs') and c.relname ~ '^step_logs_p\d{4}(0[1-9]|1[0-2])$'
+   where i.inhparent = 'etl.step_logs'::regclass and c.relname ~ '^step_logs_p\d{4}(0[1-9]|1[0-2])$'
      and (to_date(right(c.relname, 6), 'YYYYMM') + interval '1 month') at time zone 'UTC' <= etl._kept_since('logs')
    order by c.relname limit 1;
   if dropped is null then return; end if;

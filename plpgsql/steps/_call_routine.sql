@@ -3,7 +3,7 @@
 -- The routines of this folder belong to etl_owner, and are the only ones as which code of the team runs. Their owner may alter them, so a
 -- hostile step may; it may not replace them, for want of the right to create anything in schema etl. Each says first who it runs as: made
 -- a SECURITY INVOKER it would run the next step as etl_engine. That line names its operator in full, whatever search_path it was given.
-create or replace function etl._call_routine(step etl.procedure_runs, is_last boolean, out row_count numeric, out unmet_checks jsonb)
+create or replace function etl._call_routine(step etl.procedure_runs, is_last boolean, out row_count numeric, out unmet_checks jsonb, out lock_marks jsonb)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_timeout   text;
@@ -25,6 +25,8 @@ begin
   end if;
   if step.settings is not null then
     perform set_config('search_path', 'pg_catalog, pg_temp', true), set_config('lock_timeout', v_timeout, true), set_config('timezone', v_time_zone, true);
+    -- Before its checks: what they read is not the routine's.
+    if step.settings ? 'observe' then lock_marks := etl._lock_marks(); end if;
     if step.settings ? 'checks' then unmet_checks := etl._unmet_checks(step.settings->'checks'); end if;
   end if;
   -- Triggers that wait for the end of the transaction would run as etl_engine there, or in the COMMIT as whoever called.

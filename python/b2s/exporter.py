@@ -27,7 +27,7 @@ from psycopg import conninfo
 from psycopg.rows import dict_row
 
 from b2s import __version__
-from b2s.db import Connection, opened
+from b2s.db import Connection, opened, parameters_of
 from b2s.errors import DatabaseError, UsageError
 from b2s.metricfamilies import Snapshot, families
 from b2s.sqlfiles import load_manifest
@@ -81,10 +81,7 @@ class Scraper:
     """Reads snapshots of one database, one at a time."""
 
     def __init__(self, dsn: str, log: Log) -> None:
-        try:
-            self._dsn = conninfo.make_conninfo("", **{**_CONNECT, **conninfo.conninfo_to_dict(dsn)})
-        except psycopg.ProgrammingError:
-            self._dsn = dsn  # b2s.db says what is wrong with it
+        self._dsn = conninfo.make_conninfo("", **{**_CONNECT, **parameters_of(dsn)})
         self._log = log
         self._lock = threading.Lock()
         self._connection: Connection | None = None

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from b2s.commands.worker import add_log, log_of
-from b2s.options import seconds
 
 if TYPE_CHECKING:
     from b2s.api.keys import Keys
@@ -72,6 +71,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C; requests that are under way then get --grace to end."""
     from b2s.errors import UsageError
+    from b2s.options import seconds
 
     try:
         from b2s.api.server import serve
@@ -124,6 +124,7 @@ def _keys(arguments: argparse.Namespace, log: Any) -> Keys:
 def _rules(arguments: argparse.Namespace) -> TokenRules:
     from b2s.api.settings import TokenRules
     from b2s.errors import UsageError
+    from b2s.options import seconds
 
     if not arguments.audience:
         raise UsageError("--audience is missing", "what the claim aud of a token has to be, e.g. b2s")
@@ -146,6 +147,7 @@ def _rules(arguments: argparse.Namespace) -> TokenRules:
 def _limits(arguments: argparse.Namespace) -> Limits:
     from b2s.api.settings import Limits
     from b2s.errors import UsageError
+    from b2s.options import seconds
 
     for option, value, least in (
         ("--connections", arguments.connections, 1),
