@@ -42,6 +42,9 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \set migration 0007_lineage
 \set sha256 cac2d3e30f84103a681401aac5154a146900ba408c4a99cdc8152308646bc6c6
 \ir install/migration.sql
+\set migration 0008_scheduling
+\set sha256 74d2360459140cb985e2f364d87b0b37fbb271281b92f44b2a66c295518a09b0
+\ir install/migration.sql
 
 -- Engine
 \ir engine/_fail.sql
@@ -69,6 +72,7 @@ select pg_catalog.set_config('b2s.version', :'version', true) \g /dev/null
 \ir engine/_window.sql
 \ir engine/_slice.sql
 \ir engine/_upgrade_hint.sql
+\ir engine/_rank_scopes.sql
 \ir engine/_claim.sql
 \ir engine/_errors.sql
 \ir engine/_metrics.sql

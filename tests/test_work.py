@@ -254,6 +254,30 @@ def test_a_worker_helps_a_run_that_was_started(pipeline: Pipeline) -> None:
         assert helper.result() == 1
 
 
+def test_sessions_that_share_a_run_begin_with_the_longest_path(pipeline: Pipeline) -> None:
+    add_gated(pipeline, "a_gate")
+    for name, needs in (("b_short", []), ("c_root", []), ("d_new", []), ("e_long", ["c_root"])):
+        pipeline.add(name, dependencies=needs)
+    pipeline.apply()
+    pipeline.start(procedures=["b_short", "c_root", "e_long"])
+    pipeline.sql(
+        "truncate silver.trace; set role etl_engine;"
+        "update etl.metrics m set last_seconds = case p.name when 'e_long' then 5 when 'c_root' then 1 else 3 end"
+        " from etl.procedures p where m.family = 'step' and p.procedure_id = m.subject_id"
+    )
+    with pipeline.gate() as gate:
+        started = pipeline.start_in_background()
+        gate.wait_for_arrivals()
+        (helper,) = workers(pipeline, 1)
+        # What was never run counts as much as the others on average; what waits for a root counts for it.
+        wait_until(gate.conn, "select count(*) = 4 from silver.trace")
+        assert pipeline.trace() == ["c_root", "e_long", "b_short", "d_new"]
+        gate.open()
+        assert helper.result() == 1
+        run_id = started.result().run_id
+    assert pipeline.run(run_id)["scope_ranks"] == [3000, 3000, 6000, 3000, 5000]
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_no_more_sessions_than_max_concurrency_execute_a_run(pipeline: Pipeline, slots: int) -> None:
     names = [f"step_{n}" for n in range(6)]

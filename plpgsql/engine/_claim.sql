@@ -61,28 +61,45 @@ $$;
 comment on function etl._pending_scopes(bigint) is 'The scopes of a run that were not started, or null.';
 revoke all on function etl._pending_scopes(bigint) from public;
 
--- The first scope after the one given that waits for nothing and was not started; from the start when there is none after it.
--- One that another session is just taking is passed over.
-create or replace function etl._next_scope(run_id bigint, after_scope int) returns etl.run_scopes
+create or replace function etl._is_ready(scope etl.run_scopes) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  if scope.ready_at > clock_timestamp() then return false; end if;
+  case scope.kind
+    when 'steps' then return exists (
+      select from etl.procedure_runs p
+       where p.run_id = scope.run_id and p.order_index = scope.first_order_index and p.attempt = scope.attempt and p.status = 'pending');
+    when 'refresh' then return exists (
+      select from etl.mv_refreshes m where m.run_id = scope.run_id and m.scope_index = scope.scope_index and m.status = 'pending');
+    else return true;
+  end case;
+end $$;
+comment on function etl._is_ready(etl.run_scopes) is 'Whether a scope that waits for no other one can be started now.';
+revoke all on function etl._is_ready(etl.run_scopes) from public;
+
+-- Where the scopes of a run are ranked: the ready one with the highest rank. Else the first ready one after the one given, or of all
+-- when there is none after it. One that another session is just taking is passed over.
+create or replace function etl._next_scope(run etl.runs, after_scope int) returns etl.run_scopes
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_scope etl.run_scopes;
 begin
-  select s.* into v_scope
-    from etl.run_scopes s
-   where s.run_id = _next_scope.run_id and s.scope_index > after_scope and s.remaining_dependencies = 0
-     and (s.ready_at is null or s.ready_at <= clock_timestamp())
-     and case s.kind
-           when 'steps' then (select p.status from etl.procedure_runs p
-                               where p.run_id = s.run_id and p.order_index = s.first_order_index and p.attempt = s.attempt) = 'pending'
-           when 'refresh' then (select m.status from etl.mv_refreshes m where m.run_id = s.run_id and m.scope_index = s.scope_index) = 'pending'
-           else not s.is_passed end
-   order by s.scope_index limit 1 for update of s skip locked;
-  if v_scope.scope_index is null and after_scope > 0 then return etl._next_scope(run_id, 0); end if;
+  if run.scope_ranks is not null then
+    select s.* into v_scope
+      from etl.run_scopes s
+     where s.run_id = run.run_id and s.remaining_dependencies = 0 and not s.is_passed and etl._is_ready(s)
+     order by run.scope_ranks[s.scope_index] desc, s.scope_index limit 1 for update of s skip locked;
+  else
+    select s.* into v_scope
+      from etl.run_scopes s
+     where s.run_id = run.run_id and s.scope_index > after_scope and s.remaining_dependencies = 0 and not s.is_passed and etl._is_ready(s)
+     order by s.scope_index limit 1 for update of s skip locked;
+    if v_scope.scope_index is null and after_scope > 0 then return etl._next_scope(run, 0); end if;
+  end if;
   return v_scope;
 end $$;
-comment on function etl._next_scope(bigint, int) is 'The next scope that is ready to start, its row locked, or null.';
-revoke all on function etl._next_scope(bigint, int) from public;
+comment on function etl._next_scope(etl.runs, int) is 'The next scope that is ready to start, its row locked, or null.';
+revoke all on function etl._next_scope(etl.runs, int) from public;
 
 -- Why a refresh must not happen, or null.
 create or replace function etl._refresh_skip_reason(run_id bigint, scope_index int) returns text
@@ -169,7 +186,7 @@ declare
   v_reason text;
 begin
   loop
-    v_scope := etl._next_scope(run.run_id, after_scope);
+    v_scope := etl._next_scope(run, after_scope);
     if v_scope.kind = 'barrier' then
       perform etl._release(run.run_id, array[v_scope.scope_index]);
       continue;
@@ -283,7 +300,7 @@ begin
                 union all select from etl.mv_refreshes m where m.run_id = run.run_id and m.ended_at is null)
     and not exists (select from etl._lost_scopes(run))
     and not exists (select from etl.run_scopes s where s.run_id = run.run_id and s.ready_at > clock_timestamp())
-    and (etl._next_scope(run.run_id, 0)).scope_index is null;
+    and (etl._next_scope(run, 0)).scope_index is null;
 end $$;
 comment on function etl._is_stuck(etl.runs) is 'Whether a run can never go on: only when the helpers of the engine were called out of turn.';
 revoke all on function etl._is_stuck(etl.runs) from public;

@@ -48,6 +48,10 @@ begin
   end if;
   insert into etl.run_workers (run_id, pid) values (run.run_id, pg_backend_pid())
   on conflict on constraint run_workers_pkey do update set joined_at = clock_timestamp();
+  -- To choose among more than that would cost more than it gains.
+  if run.step_count <= 1000 then
+    update etl.runs r set scope_ranks = etl._scope_ranks(r.run_id) where r.run_id = run.run_id and r.scope_ranks is null;
+  end if;
   return true;
 end $$;
 comment on function etl._join_run(etl.runs) is 'Makes this session a worker of an active run; false when it has as many as it may have, or is dead.';

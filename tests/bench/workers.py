@@ -1,9 +1,11 @@
 """What sharing a run among sessions gains, and what it costs.
 
-    python -m tests.bench.workers [--part pairs|dag|long] [--pairs 5] [--steps 10000] [--major 15] [--dsn DSN]
+    python -m tests.bench.workers [--part pairs|skewed|dag|long] [--pairs 5] [--steps 10000] [--major 15] [--dsn DSN]
 
 pairs  Eight equal steps that only compute, executed by two sessions, against two psql sessions that run four
        of the same statements each, in turns; the ratio is taken turn by turn.
+skewed Eight short steps, and behind them in the plan a chain of four that takes as long as all of them, executed by
+       two sessions, against two psql sessions of which one runs the chain and the other one the rest.
 dag    A random pipeline of 200 small steps, executed by 1, 2 and 4 sessions.
 long   A pipeline of many steps that do next to nothing, executed by one session and by two: milliseconds per
        step in each tenth of the run, and the memory of the backend then.
@@ -35,7 +37,7 @@ from b2s.migrate import migrate
 from tests.bench.overhead import procedure
 
 Connection = psycopg.Connection[Any]
-PARTS = ("pairs", "dag", "long")
+PARTS = ("pairs", "skewed", "dag", "long")
 COMPUTE = "select count(*) from generate_series(1, {rows}) i where md5(i::text) like 'ff%'"
 
 
@@ -133,6 +135,24 @@ def pairs(dsn: str, turns: int) -> bool:
     return True
 
 
+def skewed(dsn: str, turns: int) -> bool:
+    """Two workers against the best that two sessions of psql can do; the first run tells b2s what is long."""
+    body = "n := ({0})"
+    bodies = [body.format(COMPUTE.format(rows=200_000))] * 8 + [body.format(COMPUTE.format(rows=400_000))] * 4
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        build(conn, "skewed", bodies, [[]] * 9 + [[8], [9], [10]])
+    halves = ["".join(f"select skewed.step_{n:05}();\n" for n in half) for half in (range(8), range(8, 12))]
+    measured = [(in_psql(dsn, halves), run(dsn, "skewed", 2)) for _ in range(turns + 1)]
+    first = measured.pop(0)
+    print(
+        "eight short steps and a chain of four, two sessions: b2s / psql"
+        f" {spread([b2s / by_hand for by_hand, b2s in measured])}; the first run, of which nothing was known:"
+        f" {first[1] / first[0]:.3f}",
+        flush=True,
+    )
+    return True
+
+
 def dag(dsn: str, turns: int) -> bool:
     """A random pipeline of 200 steps of 1 to 20 ms, a half of it in waits for something else."""
     rng = random.Random(7)
@@ -221,6 +241,7 @@ def main() -> int:
             print(f"PostgreSQL {conn.info.parameter_status('server_version')}", flush=True)
         parts = {
             "pairs": lambda: pairs(dsn, arguments.pairs),
+            "skewed": lambda: skewed(dsn, arguments.pairs),
             "dag": lambda: dag(dsn, arguments.pairs),
             "long": lambda: long(dsn, arguments.steps),
         }
