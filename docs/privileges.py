@@ -18,7 +18,7 @@ Generated: `make docs`. What the roles are for: [install.md](install.md#roles).
 
 `etl_engine` owns the schema; nobody logs in as it, and no step runs as it. `etl_owner` is the role as
 which steps run. `etl_frontend` marks the login of a front end ([http-api.md](http-api.md)) and has no
-right of its own. PUBLIC has none either, on nothing.
+right of its own. PUBLIC has none on anything.
 
 Whoever is not granted a routine gets SQLSTATE 42501 from it. A helper that a role may call is one that
 its verbs are made of: those that end transactions run as their caller, and PostgreSQL wants the caller

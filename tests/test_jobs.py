@@ -409,7 +409,7 @@ def test_doctor_without_pg_cron(db: Database, shell_in: ShellIn) -> None:
     (found,) = findings(shell, "jobs")
     assert (found["status"], found["remedy"][:21]) == ("fail", "b2s worker --schedule")
     (clock,) = findings(shell, "clock")
-    assert (clock["status"], clock["detail"][:35]) == ("warn", "nothing has asked yet what is due: ")
+    assert (clock["status"], clock["detail"]) == ("warn", "nothing has asked yet what is due")
     with db.connect() as conn, conn.transaction():
         conn.execute("set local session_replication_role = replica")
         conn.execute("update etl.config_versions set applied_at = applied_at - interval '4 minutes'")

@@ -10,7 +10,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select 'clock', case when (b.clock).beat_at > clock_timestamp() - interval '3 minutes' then 'ok' when (b.clock).beat_at is null and b.is_new then 'warn' else 'fail' end,
          case when (b.clock).beat_at is not null then format('last asked what is due %s ago, by %s (%s)', date_trunc('second', clock_timestamp() - (b.clock).beat_at),
                                                    (b.clock).session_user_name, (b.clock).application_name)
-              when b.is_new then 'nothing has asked yet what is due: pg_cron does so within a minute'
+              when b.is_new then 'nothing has asked yet what is due'
               else 'there are schedules, and nothing has ever asked what is due' end,
          'b2s worker --schedule; or pg_cron: b2s sync-config makes its jobs, b2s doctor shows what is wrong with them'
     from beat b where b.has_schedules

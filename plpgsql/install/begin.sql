@@ -53,7 +53,9 @@ begin
       when insufficient_privilege then
         raise exception using errcode = 'PT403', message = v_need.problem,
           hint = 'let an administrator run: ' || v_need.all_statements
-            || case when v_need.n = 1 then format(' grant pg_read_all_stats to etl_engine; grant etl_retention to %I with admin option;', current_user) else '' end;
+            || case when v_need.n = 1 then ' grant pg_read_all_stats to etl_engine;' else '' end
+            || case when pg_has_role(current_user, to_regrole('etl_retention')::oid, 'member with admin option') is not true
+                    then format(' grant etl_retention to %I with admin option;', current_user) else '' end;
     end;
   end loop;
   -- For this transaction alone, which takes it back at its end: until then nobody else can see it (install/finish.sql).

@@ -30,7 +30,7 @@ COMMANDS: Final = {
     "lineage": "what procedures read and write: list, check, send to an OpenLineage endpoint",
     "graph": "draw what depends on what",
     "plan": "show what a run would do",
-    "test": "prove that routines keep their contract, on a scratch copy",
+    "test": "prove that routines keep their contract; everything is rolled back",
     "run": "run procedures, with live progress",
     "submit": "leave a request to run procedures for a worker",
     "worker": "keep sessions that execute what is submitted",

@@ -51,8 +51,9 @@ def execute(arguments: argparse.Namespace) -> int:
         *move,
         "b2s migrate",
         'psql "$B2S_DSN" -f sql/bronze.sql -f sql/silver.dim_customers.sql',
-        "b2s lint && b2s sync-config && b2s test silver.dim_customers && b2s run",
-        "b2s new silver.orders --pattern upsert",
+        "b2s sync-config && b2s test silver.dim_customers && b2s run",
+        "b2s lint    needs the extra: pip install 'b2s[lint]'",
+        "b2s new silver.NAME --source bronze.TABLE --pattern upsert",
     ]
     for number, step in enumerate(steps):
         remark(f"{'next: ' if number == 0 else '      '}{step}")
