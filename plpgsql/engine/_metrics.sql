@@ -24,31 +24,36 @@ grant execute on function etl._bucket(float8) to etl_reader;
 create or replace function etl._observations(run_ids bigint[], upto int)
 returns table (family text, subject_id int, mode text, status text, observed bigint, seconds float8, row_count bigint, run_id bigint,
                ended_at timestamptz, success_at timestamptz, complete_at timestamptz)
-language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+declare
+  v_run etl.runs;
 begin
-  return query
-  with steps as materialized (
-    select o.* from unnest(run_ids) u(run_id) join etl.runs r on r.run_id = u.run_id
-     cross join lateral (select * from etl.step_outcomes s where s.run_id = r.run_id and s.order_index > r.counted_until and s.order_index <= upto) o)
-  select 'step', o.procedure_id, o.mode, case when o.duration_ms is null then 'skipped' else o.status end, 1::bigint, (o.duration_ms / 1000)::float8,
-         case when o.status = 'succeeded' then o.rows_affected else 0 end, o.run_id, o.ended_at,
-         case when o.status = 'succeeded' then o.success_at end, case when o.status = 'succeeded' then o.complete_at end
-    from steps o where o.ended_at is not null and o.skip_reason is distinct from 'reused'
-  union all
-  select 'step', o.procedure_id, o.mode, 'succeeded', 0, null, o.rows_affected, o.run_id, null, o.success_at, o.complete_at
-    from steps o where o.status <> 'succeeded' and (o.rows_affected > 0 or o.success_at is not null)
-  union all
-  select 'step', o.procedure_id, o.mode, 'retrying', o.retry_count, null, 0, o.run_id, null, null, null
-    from steps o where o.retry_count > 0
-  union all
-  select 'refresh', m.refresh_target_id, '', case when m.started_at is null then 'skipped' else m.status::text end, 1, (m.duration_ms / 1000)::float8, 0,
-         m.run_id, m.ended_at, null, null
-    from etl.mv_refreshes m
-   where m.run_id = any (run_ids) and m.ended_at is not null and m.skip_reason is distinct from 'reused'
-  union all
-  select 'run', r.pipeline_id, r.kind, r.status, 1, (r.duration_ms / 1000)::float8, 0, r.run_id, r.ended_at, null, null
-    from etl.runs r
-   where r.run_id = any (run_ids) and r.ended_at is not null;
+  -- One after the other, with its number as a value: only so does the view begin with the attempts of that run, not with all there are.
+  for v_run in select * from etl.runs r where r.run_id = any (run_ids) loop
+    return query
+    with steps as materialized (
+      select * from etl.step_outcomes s where s.run_id = v_run.run_id and s.order_index > v_run.counted_until and s.order_index <= upto
+    )
+    select 'step', o.procedure_id, o.mode, case when o.duration_ms is null then 'skipped' else o.status end, 1::bigint, (o.duration_ms / 1000)::float8,
+           case when o.status = 'succeeded' then o.rows_affected else 0 end, o.run_id, o.ended_at,
+           case when o.status = 'succeeded' then o.success_at end, case when o.status = 'succeeded' then o.complete_at end
+      from steps o where o.ended_at is not null and o.skip_reason is distinct from 'reused'
+    union all
+    select 'step', o.procedure_id, o.mode, 'succeeded', 0, null, o.rows_affected, o.run_id, null, o.success_at, o.complete_at
+      from steps o where o.status <> 'succeeded' and (o.rows_affected > 0 or o.success_at is not null)
+    union all
+    select 'step', o.procedure_id, o.mode, 'retrying', o.retry_count, null, 0, o.run_id, null, null, null
+      from steps o where o.retry_count > 0
+    union all
+    select 'refresh', m.refresh_target_id, '', case when m.started_at is null then 'skipped' else m.status::text end, 1, (m.duration_ms / 1000)::float8, 0,
+           m.run_id, m.ended_at, null, null
+      from etl.mv_refreshes m
+     where m.run_id = v_run.run_id and m.ended_at is not null and m.skip_reason is distinct from 'reused';
+    if v_run.ended_at is not null then
+      return query select 'run', v_run.pipeline_id, v_run.kind::text, v_run.status::text, 1::bigint, (v_run.duration_ms / 1000)::float8, 0::bigint,
+                          v_run.run_id, v_run.ended_at, null::timestamptz, null::timestamptz;
+    end if;
+  end loop;
 end $$;
 comment on function etl._observations(bigint[], int) is 'What some runs add to the counters, up to a step, one row for each step, refresh and run that has ended and was not counted.';
 revoke all on function etl._observations(bigint[], int) from public;
