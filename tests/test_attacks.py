@@ -121,6 +121,69 @@ def test_operators_on_the_callers_search_path_are_not_used(pipeline: Pipeline) -
     assert pipeline.start().status == "succeeded"
 
 
+def test_a_step_does_not_choose_the_search_path_of_whoever_called(pipeline: Pipeline) -> None:
+    """A path that a routine sets outlives it: with operators of integers in it, the caller would run them."""
+    pipeline.conn.execute(
+        "create schema trap authorization etl_owner; grant usage on schema trap to public;"
+        " create table trap.seen (who text); grant insert on trap.seen to public"
+    )
+    pipeline.sql(
+        "create function trap.plus(int, int) returns int language plpgsql as"
+        " $$ begin insert into trap.seen values (current_user); return int4pl($1, $2); end $$;"
+        " create operator trap.+ (leftarg = int, rightarg = int, function = trap.plus)"
+    )
+    pipeline.add("a", "perform set_config('search_path', 'trap, pg_catalog', false)")
+    pipeline.add("b", dependencies=["a"])
+    pipeline.apply()
+    caller = pipeline.login("etl_operator")
+    caller.execute("set search_path = public")
+    assert pipeline.start(caller).status == "succeeded"
+    assert pipeline.column("select who from trap.seen") == []
+    assert caller.execute("show search_path").fetchone() == ("public",)
+
+
+@pytest.mark.parametrize(
+    ("left", "name"),
+    [
+        ("create domain pg_temp.float8 as pg_catalog.float8 check (trap.note(value))", "float8"),
+        ("create temp view pg_stat_activity as select 1 as pid", "pg_stat_activity"),
+    ],
+)
+def test_what_a_step_leaves_is_not_taken_for_something_of_the_server(
+    pipeline: Pipeline, left: str, name: str
+) -> None:
+    pipeline.conn.execute("create schema trap authorization etl_owner; grant usage on schema trap to public")
+    pipeline.sql("create function trap.note(pg_catalog.float8) returns boolean language sql as 'select true'")
+    pipeline.add("a", f"execute $x$ {left} $x$")
+    pipeline.add("b", "create temp table rest as select 1 as n", dependencies=[])
+    pipeline.apply()
+    caller = pipeline.login("etl_operator")
+    run_id = pipeline.start(caller).run_id
+    step = pipeline.step(run_id, "a")
+    assert (step["error_code"], name in step["error_message"]) == ("session.temporary_names", True)
+    assert pipeline.step(run_id, "b")["status"] == "succeeded"
+    shadows = (
+        "select count(*) from pg_catalog.pg_type where typnamespace = pg_my_temp_schema() and typname = %s"
+    )
+    assert caller.execute(shadows, [name]).fetchone() == (0,)
+
+
+def test_nobody_says_what_the_steps_of_others_have_read(pipeline: Pipeline) -> None:
+    pipeline.add("a")
+    pipeline.apply()
+    other = pipeline.start().run_id
+    session = pipeline.login("etl_operator")
+    forged = (
+        f'{{"scope_index": 0, "events": [{{"event": "x", "run_id": {other}, "order_index": 1, "attempt": 1,'
+        ' "relations": [{"relation": "hr.salaries", "access": "write"}]}]}'
+    )
+    with refused("42501", "run.not_owned"), session.transaction():
+        begun = session.execute("select run_id from etl._begin_run('{}')").fetchone()
+        assert begun is not None
+        session.execute("select etl._claim(%s, %s, false)", [begun[0], forged])
+    assert pipeline.value("select count(*) from etl.lineage where relation = 'hr.salaries'") == 0
+
+
 def test_bounds_of_a_check_are_numbers(pipeline: Pipeline) -> None:
     bound = "0 and 1) and (select etl.freeze_full_refresh(true, 'x') is null"
     check = {"name": "rows", "type": "row_count", "table": "silver.trace", "min": bound, "severity": "error"}

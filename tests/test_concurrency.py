@@ -306,7 +306,7 @@ def test_a_reader_can_read_and_plan(pipeline: Pipeline) -> None:
 ANY_CALLER: frozenset[str] = frozenset({
     "_change_baseline", "_request", "_run_status", "_requester", "_is_alive", "_hold", "_rehold",
     "_last_success_at", "_render_call", "_atomic_message", "_fail", "_fail_in_transaction", "_show_plan",
-    "_table_name", "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
+    "_unfinished", "_lock_key", "_show_backfill", "_backfill_request", "_watermark_now",
     "_definition", "_is_front_end", "_awaits_approval", "_subject", "_requesting_role", "_needs_approval",
     "_bucket_bounds", "_bucket", "_live_outcomes", "_waits", "_usual_ms", "_freshness",
     "_horizon_now", "_config_drift", "_counted_outcomes", "_close_helpers",

@@ -164,16 +164,8 @@ def test_no_page_names_a_path_of_the_machine_it_was_written_on(page: Path) -> No
 # -- run --
 
 TABLES: Final = """
-create schema bronze;
-create schema silver;
-create table bronze.customers (id text, name text, country text, ingested_at timestamptz default now());
-create table bronze.orders (id text, customer_id text, amount text, ingested_at timestamptz default now());
 create table bronze.products (id text, name text, country text);
-create table silver.customers (customer_id bigint primary key, name text not null, country text not null);
-create table silver.orders (order_id bigint primary key, customer_id bigint, amount numeric not null);
 create table silver.products (product_id bigint primary key, name text not null, run_id bigint);
-insert into bronze.customers values ('1', ' Ada ', 'de'), ('2', 'Grace', 'us'), ('2', 'Grace', 'us');
-insert into bronze.orders values ('10', '1', '19.90'), ('11', '2', '5'), ('12', '1', '7.50');
 insert into bronze.products values ('1', 'lamp', 'DE'), ('2', 'desk', 'US');
 update bronze.orders set ingested_at = now() - interval '1 minute';
 """
@@ -196,8 +188,8 @@ def grants() -> bytes:
 def shop(db: Database) -> Iterator[psycopg.Connection[Any]]:
     """The database of the examples, its functions and grants as the README has them."""
     with db.connect() as connection:
-        connection.execute(TABLES.encode())
         connection.execute(block("README.md", "sql", "silver.load_orders").encode())
+        connection.execute(TABLES.encode())
         connection.execute(block("README.md", "sql", "silver.load_products").encode())
         connection.execute(grants())
         yield connection

@@ -262,7 +262,8 @@ def test_sessions_that_share_a_run_begin_with_the_longest_path(pipeline: Pipelin
     pipeline.start(procedures=["b_short", "c_root", "e_long"])
     pipeline.sql(
         "truncate silver.trace; set role etl_engine;"
-        "update etl.metrics m set last_seconds = case p.name when 'e_long' then 5 when 'c_root' then 1 else 3 end"
+        "update etl.metrics m"
+        " set last_seconds = case p.name when 'e_long' then 5 when 'c_root' then 1 else 3 end"
         " from etl.procedures p where m.family = 'step' and p.procedure_id = m.subject_id"
     )
     with pipeline.gate() as gate:

@@ -4,15 +4,18 @@
 -- can neither be security definer nor pin its search_path, so everything that touches a table is in the guarded
 -- helpers they call. The run lock passes hand over hand across every COMMIT and ROLLBACK (engine/_lock.sql).
 -- It runs with the caller's search_path: operators only between values of one built-in type, the rest as pg_catalog functions,
--- or an operator that somebody put on that path could run as the caller.
+-- or an operator that somebody put on that path could run as the caller. A step that has set a path, which outlives every function, is
+-- not to choose it: the caller's is put back before anything is looked up.
 -- SET TRANSACTION must directly follow the COMMIT: even an IF in between would take a snapshot.
 create or replace procedure etl._walk(run_id bigint, lock_key int, pause_ms int default 0, wants_helpers boolean default false)
 language plpgsql as $$
 declare
   v_next         etl.run_scopes;
   v_result       jsonb;
-  v_seen         jsonb := etl._change_baseline();
-  v_delay        float8;
+  v_done         record;
+  v_seen         bigint[] := etl._change_baseline();
+  v_path         pg_catalog.text := pg_catalog.current_setting('search_path');
+  v_delay        pg_catalog.float8;
   v_interruption text;
   v_is_held      boolean;
   v_has_helpers  boolean := false;
@@ -21,6 +24,7 @@ begin
   if wants_helpers then v_has_helpers := etl._open_helpers(run_id); end if;
   loop
     v_next := etl._claim(run_id, v_result, pg_catalog.cardinality(v_next.required_by) + pg_catalog.cardinality(v_next.precedes) > 0);
+    perform pg_catalog.set_config('search_path', v_path, false);
     v_is_held := etl._hold(lock_key);
     if v_next.scope_index is null then
       commit; v_is_held := pg_catalog.pg_advisory_unlock_shared(6435444, lock_key);
@@ -38,8 +42,12 @@ begin
       elsif v_next.isolation = 'repeatable read' then commit; set transaction isolation level repeatable read, read write;
       else commit; set transaction isolation level read committed, read write; end if;
       v_is_held := etl._rehold(lock_key);
-      if v_next.kind::text = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
-      else v_result := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
+      if v_next.kind::pg_catalog.text = 'refresh' then v_result := etl._execute_refresh(run_id, v_next.scope_index);
+      else
+        v_done := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen);
+        v_result := v_done.result; v_seen := v_done.seen;
+      end if;
+      perform pg_catalog.set_config('search_path', v_path, false);
       v_is_held := etl._hold(lock_key);
       if pg_catalog.jsonb_exists(v_result, 'failure') then
         rollback; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
@@ -50,17 +58,16 @@ begin
         v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
       else
         commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
-        v_seen := coalesce(pg_catalog.jsonb_object_field(v_result, 'seen'), v_seen);
         v_delay := pause_ms;
       end if;
     end if;
-    while v_delay > 0::float8 loop
+    while v_delay > 0::pg_catalog.float8 loop
       v_interruption := null;
       begin
-        perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000::float8);
+        perform pg_catalog.pg_sleep(least(v_delay, 500) / 1000::pg_catalog.float8);
       exception when query_canceled then v_interruption := sqlerrm;
       end;
-      v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500::float8 end;
+      v_delay := case when etl._is_cancelled(run_id, v_interruption) then 0 else v_delay - 500::pg_catalog.float8 end;
       v_is_held := etl._hold(lock_key); commit; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);
     end loop;
   end loop;
@@ -89,8 +96,8 @@ begin
   commit; set transaction isolation level read committed;
   v_request := etl._request(mode, procedures, groups, tags, with_upstream, with_downstream, as_of, params, transaction_scope,
     mv_refresh, idempotency_key, confirm_full_refresh, approved_by, reason, max_concurrency, pipeline);
-  if dry_run::text in ('t', 'true', 'execute') then
-    perform etl._report_plan(v_request, dry_run::text = 'execute');
+  if dry_run::pg_catalog.text in ('t', 'true', 'execute') then
+    perform etl._report_plan(v_request, dry_run::pg_catalog.text = 'execute');
     run_id := null; status := 'planned';
     return;
   end if;

@@ -10,7 +10,7 @@
 -- a session that died before it could, another one does (etl._recover_lost_scope). One statement, whose index scan takes the rows
 -- in ascending order, so that sessions cannot wait for each other in a circle.
 create or replace function etl._release(run_id bigint, scopes int[]) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile as $$
 declare
   v_freed int[];
 begin
@@ -62,7 +62,7 @@ comment on function etl._pending_scopes(bigint) is 'The scopes of a run that wer
 revoke all on function etl._pending_scopes(bigint) from public;
 
 create or replace function etl._is_ready(scope etl.run_scopes) returns boolean
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile as $$
 begin
   if scope.ready_at > clock_timestamp() then return false; end if;
   case scope.kind
@@ -121,7 +121,7 @@ revoke all on function etl._refresh_skip_reason(bigint, int) from public;
 
 -- What the start of a scope's steps brings with it: windows, and news for clients that follow.
 create or replace function etl._open_steps(run etl.runs, scope etl.run_scopes) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile as $$
 declare
   v_step etl.procedure_runs;
 begin
@@ -141,38 +141,33 @@ revoke all on function etl._open_steps(etl.runs, etl.run_scopes) from public;
 
 -- Takes a scope for this session. Another session may have taken it since it was seen pending: then nothing is updated.
 create or replace function etl._take_scope(run etl.runs, scope etl.run_scopes) returns boolean
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile as $$
 declare
-  v_is_taken   boolean;
   v_has_window boolean;
 begin
   if scope.kind = 'refresh' then
     update etl.mv_refreshes m set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
      where m.run_id = run.run_id and m.scope_index = scope.scope_index and m.status = 'pending';
-    v_is_taken := found;
-  else
-    update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
-     where p.run_id = run.run_id and p.order_index = scope.first_order_index and p.attempt = scope.attempt and p.status = 'pending'
-    returning p.watermark_strategy is not null into v_has_window;
-    v_is_taken := found;
-    if v_is_taken and scope.first_order_index < scope.last_order_index then
-      update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
-       where p.run_id = run.run_id and p.order_index > scope.first_order_index and p.order_index <= scope.last_order_index
-         and p.attempt = scope.attempt;
-      v_has_window := true;
-    end if;
-    if v_has_window or v_is_taken and current_setting('b2s.progress', true) = 'json' then
-      perform etl._open_steps(run, scope);
-      -- Steps whose window holds no row may have been skipped; when nothing is left of the scope, what waits for it goes on.
-      if not exists (select from etl.procedure_runs p
-                      where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
-                        and p.attempt = scope.attempt and p.status = 'running') then
-        perform etl._release(run.run_id, array[scope.scope_index]);
-        return false;
-      end if;
-    end if;
+    return found;
   end if;
-  return v_is_taken;
+  update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
+   where p.run_id = run.run_id and p.order_index = scope.first_order_index and p.attempt = scope.attempt and p.status = 'pending'
+  returning p.watermark_strategy is not null into v_has_window;
+  if not found then return false; end if;
+  if scope.first_order_index < scope.last_order_index then
+    update etl.procedure_runs p set status = 'running', worker_pid = pg_backend_pid(), started_at = clock_timestamp()
+     where p.run_id = run.run_id and p.order_index > scope.first_order_index and p.order_index <= scope.last_order_index
+       and p.attempt = scope.attempt;
+  elsif not v_has_window and current_setting('b2s.progress', true) is distinct from 'json' then
+    return true;
+  end if;
+  perform etl._open_steps(run, scope);
+  -- Steps whose window holds no row may have been skipped; when nothing is left of the scope, what waits for it goes on.
+  if exists (select from etl.procedure_runs p
+              where p.run_id = run.run_id and p.order_index between scope.first_order_index and scope.last_order_index
+                and p.attempt = scope.attempt and p.status = 'running') then return true; end if;
+  perform etl._release(run.run_id, array[scope.scope_index]);
+  return false;
 end $$;
 comment on function etl._take_scope(etl.runs, etl.run_scopes) is
   'Marks the steps or the refresh of a scope running in this session and fixes windows; false when another session was faster, or nothing was left to run.';
@@ -335,6 +330,7 @@ create or replace function etl._claim(run_id bigint, done jsonb, is_awaited bool
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
   set enable_sort = off set plan_cache_mode = force_generic_plan set jit = off as $$
 declare
+  v_found   record;
   v_run     etl.runs;
   v_ended   int := coalesce((done->>'scope_index')::int, 0);
   -- A slice was committed, and the next one of the same step follows.
@@ -342,15 +338,15 @@ declare
   v_is_idle boolean := done is null;
   v_is_skipped boolean;
   v_scope   etl.run_scopes;
-  v_is_set  boolean;
   v_is_worker boolean;
 begin
-  select * into v_run from etl.runs r where r.run_id = _claim.run_id;
-  v_is_worker := coalesce(etl._is_owner(v_run), false) or etl._is_helper(v_run);
+  select r as run, exists (select from etl.run_workers w where w.run_id = r.run_id) as is_shared into v_found from etl.runs r where r.run_id = _claim.run_id;
+  v_run := v_found.run;
+  v_is_worker := coalesce(etl._is_owner(v_run), false) or coalesce(v_found.is_shared, false) and etl._is_helper(v_run);
   if not v_is_worker and not (v_run.ended_at is not null and etl._has_worked(v_run)) then perform etl._fail_not_owned(run_id); end if;
   for i in 0 .. coalesce(jsonb_array_length(done->'events'), 0) - 1 loop
-    v_is_set := etl._announce(done->'events'->i);
-    if done->'events'->i ? 'relations' then perform etl._record_observation(done->'events'->i); end if;
+    perform etl._announce(done->'events'->i);
+    if done->'events'->i ? 'relations' then perform etl._record_observation(run_id, done->'events'->i); end if;
   end loop;
   if not v_is_worker then return null; end if;
   if is_awaited and v_is_over then perform etl._release(run_id, array[v_ended]); end if;
@@ -363,15 +359,16 @@ begin
     end if;
     v_is_idle := v_is_idle and not v_is_skipped;
   end if;
-  if not exists (select from etl.run_workers w where w.run_id = _claim.run_id) then
+  if not v_found.is_shared then
     select * into v_scope from etl.run_scopes s
      where s.run_id = _claim.run_id and s.scope_index = v_ended + v_is_over::int and s.kind = 'steps' and s.remaining_dependencies = 0;
   end if;
   if v_scope.scope_index is null or not etl._take_scope(v_run, v_scope) then v_scope := etl._take_next(v_run, v_ended); end if;
   if v_scope.scope_index is null then v_scope := etl._end_or_wait(v_run, v_is_idle); end if;
+  if v_scope.scope_index is not null then
+    perform set_config('synchronous_commit', 'off', true);
   -- Lines from blocks of routines that were rolled back and caught.
-  if v_scope.scope_index is null then perform etl._keep_logs(run_id); end if;
-  if v_scope.scope_index is not null then v_is_set := set_config('synchronous_commit', 'off', true) is not null; end if;
+  else perform etl._keep_logs(run_id); end if;
   return v_scope;
 end $$;
 comment on function etl._claim(bigint, jsonb, boolean) is

@@ -57,7 +57,7 @@ create or replace function etl._contract_call(contract jsonb, call jsonb, out re
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_temporary oid[] := array(select c.oid from pg_catalog.pg_class c where c.relnamespace = pg_my_temp_schema());
-  v_seen      jsonb := etl._change_baseline();
+  v_seen      bigint[] := etl._change_baseline();
   v_result    record;
 begin
   if contract ? 'settings' then perform etl._apply_settings(contract->'settings'); end if;
@@ -70,7 +70,7 @@ begin
   end if;
   perform set_config('search_path', 'pg_catalog, pg_temp', true);
   select coalesce(sum((t.value->>'inserted')::bigint + (t.value->>'updated')::bigint + (t.value->>'deleted')::bigint), 0)
-    into counted from etl._count_changes(v_seen) c, jsonb_each(c.changes) t;
+    into counted from etl._count_changes(v_seen, v_seen) c, jsonb_each(c.changes) t;
   perform etl._contract_check_constraints(), etl._contract_drop_temporary(v_temporary);
 end $$;
 comment on function etl._contract_call(jsonb, jsonb) is

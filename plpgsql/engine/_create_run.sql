@@ -96,7 +96,7 @@ revoke all on function etl._step_settings(etl.procedures, text[]) from public;
 
 -- Bodies in the SQL standard's form are stored parsed; prosrc is empty then. Not to_regprocedure, which wants the right to use the schema.
 create or replace function etl._definition(procedure etl.procedures) returns text
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp set quote_all_identifiers = off as $$
 declare
   v_name name[] := parse_ident(procedure.routine_signature, false);
 begin
@@ -116,7 +116,11 @@ begin
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, definition)
   select _insert_steps.run_id, i.order_index, i.scope_index, p.procedure_id, p.name, p.type, g.name, i.mode, i.tx_scope, s.isolation,
          i.parameters, coalesce(d.dependencies, '[]'), p.call_sql, p.rows_column, r.lock_key,
-         case when etl._is_to_observe(l.observe_lineage, p.procedure_id, i.mode, x.definition)
+         case when l.observe_lineage = 'always' or l.observe_lineage = 'daily' and not exists (
+                     -- Whether its locks were looked at within a day, as it is now.
+                     select from etl.lineage_scans y
+                      where y.procedure_id = p.procedure_id and y.source = 'observed' and y.mode = i.mode
+                        and y.definition is not distinct from x.definition and y.scanned_at > clock_timestamp() - interval '1 day')
               then coalesce(etl._step_settings(p, l.search_path), '{}') || '{"observe": true}' else etl._step_settings(p, l.search_path) end,
          p.watermark_strategy, p.state_key, x.definition
     from unnest(items) i

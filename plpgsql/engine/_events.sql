@@ -10,7 +10,7 @@ comment on function etl._step_event(text, etl.procedure_runs, jsonb) is 'An even
 revoke all on function etl._step_event(text, etl.procedure_runs, jsonb) from public;
 
 create or replace function etl._event_text(event jsonb) returns text
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable as $$
 begin
   if event->>'event' = 'log' then
     return case when event ? 'procedure' then format('[%s] %s: ', event->>'order_index', event->>'procedure') else '' end || (event->>'message');
@@ -32,8 +32,8 @@ end $$;
 comment on function etl._event_text(jsonb) is 'An event as one line for people.';
 revoke all on function etl._event_text(jsonb) from public;
 
-create or replace function etl._announce(event jsonb) returns boolean
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+create or replace function etl._announce(event jsonb) returns void
+language plpgsql volatile as $$
 declare
   v_text  text := etl._event_text(event);
   v_level text := event->>'level';
@@ -43,6 +43,8 @@ begin
       raise debug using errcode = 'PT200', message = v_text, detail = event::text;
     elsif current_setting('b2s.progress', true) = 'json' then
       raise notice using errcode = 'PT200', message = v_text, detail = event::text;
+    elsif event->>'event' = 'step_succeeded' and not event ? 'warning' then
+      raise notice '%', v_text;
     elsif v_level in ('warning', 'error') or event->>'event' ~ 'failed|retrying|cancelled' or event ? 'warning' then
       raise warning '%', v_text;
     else
@@ -56,11 +58,11 @@ begin
       null;
     end;
   end;
-  if v_level is not null then return true; end if;
+  if v_level is not null then return; end if;
   -- A payload has 8000 bytes; what has no bound of its own is in the run's tables.
-  perform pg_notify('etl', (event - array['error_message', 'table_counts', 'warning', 'relations']
-    || case when octet_length(event->>'error_code') > 200 then jsonb_build_object('error_code', left(event->>'error_code', 50)) else '{}' end)::text);
-  return true;
+  event := event - array['error_message', 'table_counts', 'warning', 'relations'];
+  if octet_length(event->>'error_code') > 200 then event := event || jsonb_build_object('error_code', left(event->>'error_code', 50)); end if;
+  perform pg_notify('etl', event::text);
 end $$;
 comment on function etl._announce(jsonb) is 'Tells clients and listeners about an event of a run; of a line that a routine logs (it has a level) the client of this session only.';
 revoke all on function etl._announce(jsonb) from public;

@@ -3,8 +3,7 @@
 
 -- The steps in a range that this session has claimed and not yet executed, in order.
 create or replace function etl._claimed_steps(run_id bigint, first_order_index int, last_order_index int) returns etl.procedure_runs[]
-language plpgsql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off
-  set plan_cache_mode = force_generic_plan set jit = off as $$
+language plpgsql stable set enable_seqscan = off set enable_bitmapscan = off set plan_cache_mode = force_generic_plan as $$
 begin
   return array(
     select p from etl.procedure_runs p
@@ -22,7 +21,7 @@ revoke all on function etl._claimed_steps(bigint, int, int) from public;
 -- make serializable scopes that run side by side fail each other.
 create or replace function etl._record_success(step etl.procedure_runs, step_started_at timestamptz, row_count bigint, changes jsonb, unmet_checks jsonb)
 returns jsonb
-language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
+language plpgsql volatile set enable_seqscan = off as $$
 declare
   v_now   timestamptz := clock_timestamp();
   v_event jsonb;
@@ -84,9 +83,10 @@ comment on function etl._check_temporary_objects() is
   'Raises PT409 session.temporary_objects when the session has temporary objects of a role that is not a member of etl_owner.';
 revoke all on function etl._check_temporary_objects() from public;
 
--- One step: settings, the routine, what it changed, checks, watermark, outcome. is_later: not the first step of its transaction.
-create or replace function etl._execute_step(step etl.procedure_runs, is_later boolean, is_last boolean, inout seen jsonb, out event jsonb)
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+-- One step: settings, the routine, what it changed, checks, watermark, outcome. is_later: not the first step of its transaction;
+-- first_seen: the counters of tables when that began.
+create or replace function etl._execute_step(step etl.procedure_runs, is_later boolean, is_last boolean, first_seen bigint[], inout seen bigint[], out event jsonb)
+language plpgsql volatile as $$
 declare
   v_started_at timestamptz := clock_timestamp();
   v_called     record;
@@ -104,7 +104,7 @@ begin
   perform set_config('b2s.step', concat_ws(' ', step.run_id, step.order_index, step.attempt, step.procedure_name), true);
   if step.settings ? 'observe' and is_later then v_relations := etl._lock_marks(); end if;
   v_called := etl._call_routine(step, is_last);
-  v_counts := etl._count_changes(seen);
+  v_counts := etl._count_changes(seen, first_seen);
   seen := v_counts.seen;
   if step.settings ? 'observe' then v_relations := etl._observed_relations(v_relations, v_called.lock_marks, v_counts.changes); end if;
   v_rows := v_called.row_count;
@@ -118,8 +118,8 @@ begin
   if v_relations is not null then event := event || jsonb_build_object('relations', v_relations); end if;
   if step.window_until <> step.window_goal then perform etl._add_slice(step, step.window_until, step.slice_index + 1); end if;
 end $$;
-comment on function etl._execute_step(etl.procedure_runs, boolean, boolean, jsonb) is 'Runs one step and writes its outcome, in the caller''s transaction.';
-revoke all on function etl._execute_step(etl.procedure_runs, boolean, boolean, jsonb) from public;
+comment on function etl._execute_step(etl.procedure_runs, boolean, boolean, bigint[], bigint[]) is 'Runs one step and writes its outcome, in the caller''s transaction.';
+revoke all on function etl._execute_step(etl.procedure_runs, boolean, boolean, bigint[], bigint[]) from public;
 
 -- A deadlock names the processes. A lock timeout names nobody: whoever holds a lock for writing, and had it before the step
 -- began, may have been in the way.
@@ -138,13 +138,36 @@ $$;
 comment on function etl._lock_holders(text, timestamptz) is 'Sessions that a step may have waited for: those a deadlock names, else up to five that hold locks for writing.';
 revoke all on function etl._lock_holders(text, timestamptz) from public;
 
--- seen: table counters before this scope. Returns {events, seen}, with goes_on when another slice follows, or {failure}.
-create or replace function etl._execute_scope(run_id bigint, first_order_index int, last_order_index int, seen jsonb) returns jsonb
+-- Types and relations of the temporary schema come before all others, whatever the search_path. What a step leaves there under a
+-- name of the server's own, whoever uses this session next would take for that, and run as himself what is behind it.
+create or replace function etl._check_temporary_names() returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_names text := (
+    select string_agg(q.name, ', ' order by q.name)
+      from (select t.typname::text as name from pg_catalog.pg_type t
+             where t.typnamespace = pg_my_temp_schema() and exists (select from pg_catalog.pg_type b where b.typnamespace = 'pg_catalog'::regnamespace and b.typname = t.typname)
+            union
+            select c.relname from pg_catalog.pg_class c
+             where c.relnamespace = pg_my_temp_schema() and exists (select from pg_catalog.pg_class b where b.relnamespace = 'pg_catalog'::regnamespace and b.relname = c.relname)) q);
+begin
+  if v_names is not null then
+    perform etl._fail('PT409', 'session.temporary_names', format('the step leaves temporary objects under names of the server''s own: %s', v_names),
+      'give them other names');
+  end if;
+end $$;
+comment on function etl._check_temporary_names() is
+  'Raises PT409 session.temporary_names when the session has temporary types or relations that hide those of pg_catalog.';
+revoke all on function etl._check_temporary_names() from public;
+
+-- seen: table counters before this scope, and after it. result: {events}, with goes_on when another slice follows, or {failure}.
+create or replace function etl._execute_scope(run_id bigint, first_order_index int, last_order_index int, inout seen bigint[], out result jsonb)
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_steps   etl.procedure_runs[] := etl._claimed_steps(run_id, first_order_index, last_order_index);
   v_step    etl.procedure_runs;
-  v_result  record;
+  v_done    record;
+  v_first   bigint[] := seen;
   v_events  jsonb := '[]';
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
@@ -152,27 +175,27 @@ begin
   if v_steps = '{}' or not pg_try_advisory_xact_lock_shared(6435444, v_steps[1].lock_key) then perform etl._fail_not_owned(run_id); end if;
   if pg_current_xact_id_if_assigned() is not null and not coalesce(v_steps[1].settings ? 'is_rehearsed', false) then perform etl._check_nothing_deferred('etl.start_run'); end if;
   perform set_config('application_name', format('b2s run %s %s', run_id, v_steps[1].procedure_name), true);
-  if cardinality(v_steps) > 1 then seen := seen || jsonb_build_object('start', seen->'tables'); end if;
   begin
     if pg_my_temp_schema() <> 0 then perform etl._check_temporary_objects(); end if;
     foreach v_step in array v_steps loop
-      v_result := etl._execute_step(v_step, v_step.order_index > first_order_index, v_step.order_index = last_order_index, seen);
-      seen := v_result.seen;
-      v_events := v_events || v_result.event;
+      v_done := etl._execute_step(v_step, v_step.order_index > first_order_index, v_step.order_index = last_order_index, v_first, seen);
+      seen := v_done.seen;
+      v_events := v_events || v_done.event;
     end loop;
+    if pg_my_temp_schema() <> 0 then perform etl._check_temporary_names(); end if;
     if current_setting('b2s.log_lines', true) <> '' then perform etl._keep_logs(run_id); end if;
     if current_setting('transaction_isolation') = 'serializable' then perform from etl.serialization_probe; end if;
-    return jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events, 'seen', seen - 'start')
+    result := jsonb_build_object('scope_index', v_step.scope_index, 'events', v_events)
       || case when v_step.window_until <> v_step.window_goal then '{"goes_on": true}'::jsonb else '{}' end;
   exception when query_canceled or assert_failure or others then
     get stacked diagnostics v_sqlstate = returned_sqlstate, v_message = message_text, v_detail = pg_exception_detail,
       v_hint = pg_exception_hint, v_context = pg_exception_context;
     if v_sqlstate = '57014' then perform etl._absorb_signal(); end if;
-    return jsonb_build_object('failure', etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, v_step.order_index)
+    result := jsonb_build_object('failure', etl._failure(v_sqlstate, v_message, v_detail, v_hint, v_context, v_step.order_index)
       || case when v_sqlstate in ('40P01', '55P03') then jsonb_build_object('blocked_by', etl._lock_holders(v_detail, v_steps[1].started_at)) else '{}' end);
   end;
 end $$;
-comment on function etl._execute_scope(bigint, int, int, jsonb) is
-  'Executes a claimed scope inside one subtransaction; returns {events, seen} to commit or {failure} to roll back. Called by the engine only.';
-revoke all on function etl._execute_scope(bigint, int, int, jsonb) from public;
-grant execute on function etl._execute_scope(bigint, int, int, jsonb) to etl_operator;
+comment on function etl._execute_scope(bigint, int, int, bigint[]) is
+  'Executes a claimed scope inside one subtransaction; returns {events} to commit or {failure} to roll back, and the counters of tables. Called by the engine only.';
+revoke all on function etl._execute_scope(bigint, int, int, bigint[]) from public;
+grant execute on function etl._execute_scope(bigint, int, int, bigint[]) to etl_operator;

@@ -9,19 +9,6 @@
 -- The locks of a transaction add up. In a group, a relation that an earlier step has locked in the same way shows no new lock; that this
 -- step read it shows in the counters of scans of the table and its indexes, that it wrote it in the rows it changed.
 
--- Whether the next step of a procedure is to be observed.
-create or replace function etl._is_to_observe(policy text, procedure_id int, mode text, definition text) returns boolean
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  if policy <> 'daily' then return policy = 'always'; end if;
-  return not exists (
-    select from etl.lineage_scans s
-     where s.procedure_id = _is_to_observe.procedure_id and s.source = 'observed' and s.mode = _is_to_observe.mode
-       and s.definition is not distinct from _is_to_observe.definition and s.scanned_at > clock_timestamp() - interval '1 day');
-end $$;
-comment on function etl._is_to_observe(text, int, text, text) is 'Whether the locks of a step that is being planned are to be looked at.';
-revoke all on function etl._is_to_observe(text, int, text, text) from public;
-
 -- {"oid:mode": scans so far} of everything that this transaction has locked.
 create or replace function etl._lock_marks() returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp set plan_cache_mode = force_generic_plan as $$
@@ -86,13 +73,15 @@ comment on function etl._observed_relations(jsonb, jsonb, jsonb) is
 revoke all on function etl._observed_relations(jsonb, jsonb, jsonb) from public;
 
 -- With the claim that follows the commit of the step.
-create or replace function etl._record_observation(event jsonb) returns void
+create or replace function etl._record_observation(run_id bigint, event jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_step etl.procedure_runs;
 begin
   select * into v_step from etl.procedure_runs p
-   where p.run_id = (event->>'run_id')::bigint and p.order_index = (event->>'order_index')::int and p.attempt = (event->>'attempt')::int;
+   where p.run_id = _record_observation.run_id and p.order_index = (event->>'order_index')::int and p.attempt = (event->>'attempt')::int
+     and p.worker_pid = pg_backend_pid() and p.status in ('succeeded', 'advanced');
+  if not found then perform etl._fail_not_owned(run_id); end if;
   insert into etl.lineage_edges (procedure_id, relation, access, source, written_rows, definition, first_run_id, last_run_id)
   select v_step.procedure_id, r->>'relation', r->>'access', 'observed', (r->>'rows')::bigint, v_step.definition, v_step.run_id, v_step.run_id
     from jsonb_array_elements(event->'relations') r
@@ -104,5 +93,5 @@ begin
   on conflict on constraint lineage_scans_pkey do update
     set definition = excluded.definition, run_id = excluded.run_id, scanned_at = clock_timestamp();
 end $$;
-comment on function etl._record_observation(jsonb) is 'Stores what an observed step read and wrote, from its event.';
-revoke all on function etl._record_observation(jsonb) from public;
+comment on function etl._record_observation(bigint, jsonb) is 'Stores what an observed step read and wrote, from its event.';
+revoke all on function etl._record_observation(bigint, jsonb) from public;

@@ -7,7 +7,8 @@ declare
   v_run_id bigint;
   v_next   etl.run_scopes;
   v_result jsonb;
-  v_seen   jsonb := etl._change_baseline();
+  v_done   record;
+  v_seen   bigint[] := etl._change_baseline();
 begin
   perform etl._check_request(request);
   v_plan := etl._plan(request);
@@ -22,10 +23,12 @@ begin
       v_next := etl._claim(v_run_id, v_result, v_next.required_by <> '{}' or v_next.precedes <> '{}');
       exit when v_next.scope_index is null;
       if v_next.kind = 'refresh' then v_result := etl._execute_refresh(v_run_id, v_next.scope_index);
-      else v_result := etl._execute_scope(v_run_id, v_next.first_order_index, v_next.last_order_index, v_seen); end if;
+      else
+        v_done := etl._execute_scope(v_run_id, v_next.first_order_index, v_next.last_order_index, v_seen);
+        v_result := v_done.result; v_seen := v_done.seen;
+      end if;
       if v_result ? 'failure' then perform etl._record_failure(v_run_id, v_next.scope_index, v_result->'failure'); end if;
-      v_seen := coalesce(v_result->'seen', etl._change_baseline());
-      if v_result ? 'failure' then v_result := null; v_next := null; end if;
+      if v_result ? 'failure' then v_seen := etl._change_baseline(); v_result := null; v_next := null; end if;
     end loop;
     select array_agg(p order by p.order_index, p.attempt) into steps from etl.procedure_runs p where p.run_id = v_run_id;
     select array_agg(m order by m.scope_index) into refreshes from etl.mv_refreshes m where m.run_id = v_run_id;

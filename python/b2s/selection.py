@@ -60,7 +60,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     full = parser.add_argument_group("a full refresh needs")
     full.add_argument("--confirm-full-refresh", action="store_true", help="your confirmation")
     full.add_argument("--reason", metavar="TEXT", help="a reason, which is kept with the run")
-    full.add_argument("--approved-by", metavar="NAME", help="who approved it (default: you); with approvals: two_person, who alone may approve it")
+    full.add_argument(
+        "--approved-by",
+        metavar="NAME",
+        help="who approved it (default: you); with approvals: two_person, who alone may",
+    )
 
 
 def request_of(arguments: argparse.Namespace, declared: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

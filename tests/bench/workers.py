@@ -1,11 +1,11 @@
 """What sharing a run among sessions gains, and what it costs.
 
-    python -m tests.bench.workers [--part pairs|skewed|dag|long] [--pairs 5] [--steps 10000] [--major 15] [--dsn DSN]
+    python -m tests.bench.workers [--part PART] [--pairs 5] [--steps 10000] [--major 15] [--dsn DSN]
 
 pairs  Eight equal steps that only compute, executed by two sessions, against two psql sessions that run four
        of the same statements each, in turns; the ratio is taken turn by turn.
-skewed Eight short steps, and behind them in the plan a chain of four that takes as long as all of them, executed by
-       two sessions, against two psql sessions of which one runs the chain and the other one the rest.
+skewed Eight short steps, and behind them in the plan a chain of four that takes as long as all of them,
+       executed by two sessions, against two psql sessions: one runs the chain, the other one the rest.
 dag    A random pipeline of 200 small steps, executed by 1, 2 and 4 sessions.
 long   A pipeline of many steps that do next to nothing, executed by one session and by two: milliseconds per
        step in each tenth of the run, and the memory of the backend then.
