@@ -11,7 +11,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       from reach r
       join etl.procedures p on p.procedure_id = r.source and p.is_active
       join etl.dependencies d on d.procedure_id = r.source
-     where r.source <> all (selected)
+     where not exists (select from unnest(selected) s(id) where s.id = r.source)
   )
   select r.source, r.consumer, bool_or(r.is_direct)
     from reach r join unnest(selected) s(id) on s.id = r.source
