@@ -717,7 +717,7 @@ PARAMS: list[tuple[str, str, str]] = [
         "{type: array, items: {type: array}}",
         "6:38 type must be 'string' or 'integer', not 'array'",
     ),
-    ("an empty default", "{type: string, default: }", "6:33 the default is empty"),
+    ("an empty default", "{type: string, default: }", "6:34 the default is empty"),
     (
         "a required default",
         "{type: string, default: a, required: true}",

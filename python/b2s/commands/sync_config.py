@@ -63,7 +63,8 @@ def execute(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print_lines(plan_lines(plan, style()))
             print_lines(jobs.lines(style()))
-        applied = plan if is_look else apply_config(connection, loaded, plan)
+        is_same = not plan.changes and not plan.drift and plan.version is not None
+        applied = plan if is_look or is_same else apply_config(connection, loaded, plan)
         if not is_look:
             _store_lineage(connection, loaded.config.pipeline)
             jobs.apply()
