@@ -147,6 +147,32 @@ def test_the_lock_is_never_free_between_two_steps(pipeline: Pipeline) -> None:
 # -- idempotency --
 
 
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_a_transaction_that_cannot_see_the_run_of_its_key_is_told_to_try_again(
+    pipeline: Pipeline, isolation: str
+) -> None:
+    pipeline.add("load")
+    pipeline.apply()
+    submit = "select run_id, is_new from etl.submit_run(idempotency_key => 'nightly')"
+    first = pipeline.db.connect(autocommit=False)
+    second = pipeline.db.connect(
+        options=f"-c default_transaction_isolation={isolation.replace(' ', chr(92) + ' ')}"
+    )
+    row = first.execute(submit).fetchone()
+    assert row is not None
+    submitting = Background(lambda: second.execute(submit).fetchone())
+    wait_until(
+        pipeline.conn,
+        "select exists (select from pg_locks where pid = %s and locktype = 'advisory' and not granted)",
+        [second.info.backend_pid],
+    )
+    first.commit()
+    with refused("40001", "idempotency_key.concurrent") as refusal:
+        submitting.result()
+    assert "try again" in refusal.hint
+    assert second.execute(submit).fetchone() == (row[0], False)
+
+
 def test_the_same_key_and_request_return_the_same_run(pipeline: Pipeline) -> None:
     pipeline.add("load")
     pipeline.apply()

@@ -527,6 +527,28 @@ def test_a_dead_run_does_not_stand_in_the_way_of_an_upgrade(waiting_run: Connect
     assert migrate(db.dsn).after == b2s.__version__
 
 
+def test_who_installs_and_inherits_nothing_waits_for_runs_as_well(
+    waiting_run: Connection, db: Database
+) -> None:
+    conn = db.connect()
+    role = f"installer_{db.name}"
+    conn.execute(f"create role {role} login noinherit")
+    try:
+        conn.execute(f"grant etl_engine, etl_owner to {role}")
+        conn.execute(f"grant etl_retention to {role} with admin option")
+        conn.execute(f"grant create on database {db.name} to {role}")
+        error = raised(lambda: migrate(f"{db.dsn} user={role}", wait=0.1))
+        conn.execute("select pg_terminate_backend(%s)", [waiting_run.info.backend_pid])
+        wait_until(
+            conn, "select not exists (select from pg_locks where locktype = 'advisory' and classid = 6435444)"
+        )
+        migrated = migrate(f"{db.dsn} user={role}", wait=10)
+    finally:
+        conn.execute(f"drop owned by {role}; drop role {role}")
+    assert "run 1 has not ended within 0.1 s; nothing was changed" in str(error)
+    assert migrated.after == b2s.__version__
+
+
 def test_a_run_cannot_start_while_an_install_is_going_on(db: Database) -> None:
     installer = db.connect(autocommit=False)
     installer.execute("select pg_advisory_xact_lock(6435443, 0)")

@@ -314,6 +314,69 @@ def test_how_each_schedule_last_fared_stays(pipeline: Pipeline) -> None:
     assert not before[0]["is_late"]
 
 
+def test_what_schedules_remember_is_looked_up_once_and_not_for_each_procedure(pipeline: Pipeline) -> None:
+    for name in ("a", "b", "c"):
+        pipeline.add(name)
+    pipeline.apply(schedules=[{"name": "s", "cron": "0 2 * * *", "timezone": "UTC"}])
+    pipeline.sql(
+        "insert into etl.schedule_slots select schedule_id, now() - n * interval '1 day',"
+        " now() - n * interval '1 day', 'submitted', 1000 + n, 0, null"
+        " from etl.schedules, generate_series(1, 5) n",
+        role="etl_engine",
+    )
+    pipeline.conn.execute("set track_functions = 'all'")
+    with pipeline.conn.transaction():
+        pipeline.conn.execute("select etl._remembered_runs(pipeline_id) from etl.pipelines")
+        calls = pipeline.value(
+            "select pg_stat_get_xact_function_calls('etl._succeeded_at(bigint)'::regprocedure)"
+        )
+    assert calls == 5
+
+
+@pytest.fixture
+def resumable(pipeline: Pipeline) -> int:
+    """Of three runs two are no longer kept, and the first of them failed."""
+    pipeline.routine("orders", "perform 1 / 0")
+    failed = pipeline.start().run_id
+    pipeline.routine("orders")
+    others = [pipeline.start().run_id for _ in range(2)]
+    age(pipeline, failed, others[0])
+    return failed
+
+
+def test_a_run_that_is_being_resumed_stays_and_is_not_waited_for(pipeline: Pipeline, resumable: int) -> None:
+    resuming = pipeline.db.connect(autocommit=False)
+    resuming.execute("select * from etl._begin_resume(%s, 'reuse')", [resumable])
+    assert purge(pipeline, pipeline.db.connect(options="-c lock_timeout=2s"))["runs"] == 1
+    resuming.commit()
+    assert purge(pipeline)["runs"] == 0
+    assert resumable in run_ids(pipeline)
+
+
+def test_a_run_that_is_purged_while_it_is_to_be_resumed_is_unknown(
+    pipeline: Pipeline, resumable: int
+) -> None:
+    holder = pipeline.db.connect(autocommit=False)
+    holder.execute("lock table etl.watermark_ticks in share mode")
+    purging = Background(lambda: purge(pipeline, pipeline.db.connect()))
+    wait_until(
+        pipeline.conn,
+        "select exists (select from pg_locks"
+        " where not granted and relation = 'etl.watermark_ticks'::regclass)",
+    )
+    conn = pipeline.db.connect()
+    resuming = Background(lambda: conn.execute("call etl.resume_run(%s)", [resumable]))
+    wait_until(
+        pipeline.conn,
+        "select exists (select from pg_stat_activity where pid = %s and wait_event_type = 'Lock')",
+        [conn.info.backend_pid],
+    )
+    holder.rollback()
+    assert purging.result()["runs"] == 2
+    with refused("PT404", "run.unknown"):
+        resuming.result()
+
+
 def test_active_and_queued_runs_stay_and_are_not_waited_for(pipeline: Pipeline) -> None:
     pipeline.start()
     pipeline.routine("orders", Gate.WAIT)
@@ -352,6 +415,17 @@ def test_a_purge_leaves_its_heartbeat(pipeline: Pipeline) -> None:
     purge(pipeline)
     (beat,) = pipeline.rows("select * from etl.heartbeats where name = 'purge'")
     assert "1 runs" in beat["detail"]
+
+
+def test_only_who_purges_leaves_the_heartbeat_of_a_purge(pipeline: Pipeline) -> None:
+    operator = pipeline.login("etl_operator")
+    beat = "select beat_at, detail from etl.heartbeats where name = 'purge'"
+    operator.execute("""select etl._note_purge('{"runs": 5}')""")
+    assert pipeline.rows(beat) == []
+    purge(pipeline, operator)
+    before = pipeline.rows(beat)
+    operator.execute("""select etl._note_purge('{"runs": 5}')""")
+    assert pipeline.rows(beat) == before
 
 
 def test_one_purge_at_a_time(pipeline: Pipeline) -> None:

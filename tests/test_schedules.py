@@ -123,17 +123,60 @@ def test_a_slot_that_is_fired_twice_is_one_run(pipeline: Pipeline) -> None:
 
 def test_two_clocks_side_by_side_decide_a_slot_once(pipeline: Pipeline) -> None:
     schedule(pipeline)
-    one, other = pipeline.db.connect(autocommit=False), pipeline.db.connect()
+    one = pipeline.db.connect(autocommit=False)
+    other = pipeline.db.connect(options="-c lock_timeout=2s")
     (slot,) = tick(pipeline, conn=one)
-    second = Background(lambda: tick(pipeline, conn=other))
-    wait_until(
-        pipeline.conn,
-        "select exists (select from pg_stat_activity where pid = %s and wait_event_type = 'Lock')",
-        [other.info.backend_pid],
-    )
+    assert tick(pipeline, conn=other) == []
     one.commit()
-    assert second.result() == []
+    assert tick(pipeline, conn=other) == []
     assert pipeline.column("select run_id from etl.runs") == [slot["run_id"]]
+
+
+@pytest.mark.parametrize("noted", ["never", "long ago", "just now"])
+def test_an_open_transaction_of_one_clock_stops_no_other(pipeline: Pipeline, noted: str) -> None:
+    pipeline.apply(schedules=[NIGHTLY, {**NIGHTLY, "name": "other"}])
+    expect_next(pipeline, DUE)
+    if noted != "never":
+        pipeline.conn.execute("select etl._beat('clock')")
+    if noted == "long ago":
+        pipeline.sql("update etl.heartbeats set beat_at = beat_at - interval '1 hour'", role="etl_engine")
+    one = pipeline.db.connect(autocommit=False)
+    one.execute("select * from etl.fire_schedules()")
+    one.execute("select from etl.schedules where name = 'nightly' for update")
+    other = pipeline.db.connect(options="-c lock_timeout=2s")
+    assert [slot["outcome"] for slot in tick(pipeline, conn=other)] == ["submitted"]
+    other.execute("call etl.run_due()")
+    one.commit()
+    assert [slot["outcome"] for slot in tick(pipeline, conn=other)] == ["submitted"]
+    assert pipeline.value("select count(*) from etl.heartbeats where beat_at > now() - interval '1 min'") == 1
+
+
+def test_a_clock_and_a_change_of_the_configuration_do_not_lock_each_other_out(pipeline: Pipeline) -> None:
+    """The file names the schedules in another order than the one in which they came to be."""
+    pipeline.apply(schedules=[NIGHTLY, {**NIGHTLY, "name": "other"}])
+    expect_next(pipeline, DUE)
+    holder, watcher = pipeline.db.connect(autocommit=False), pipeline.db.connect()
+    holder.execute("select from etl.schedules where name = 'other' for update")
+    changed = [{**NIGHTLY, "name": "other", "on_conflict": "queue"}, {**NIGHTLY, "on_conflict": "queue"}]
+    syncing = Background(lambda: pipeline.apply(schedules=changed))
+    wait_until(
+        watcher,
+        "select exists (select from pg_stat_activity where pid = %s and wait_event_type = 'Lock')",
+        [pipeline.conn.info.backend_pid],
+    )
+    clock = pipeline.db.connect()
+    ticking = Background(lambda: tick(pipeline, conn=clock))
+    wait_until(
+        watcher,
+        "select exists (select from pg_stat_activity where pid = %s and query ~ '_fire_schedules'"
+        " and (wait_event_type = 'Lock' or state = 'idle'))",
+        [clock.info.backend_pid],
+    )
+    holder.rollback()
+    syncing.result()
+    ticking.result()
+    tick(pipeline, conn=clock)
+    assert pipeline.value("select count(*) from etl.schedule_slots") == 2
 
 
 def test_a_worker_can_be_the_clock_as_well(pipeline: Pipeline) -> None:
@@ -324,6 +367,68 @@ def test_a_schedule_that_cannot_be_planned_is_a_run_that_failed(pipeline: Pipeli
     assert health(pipeline)["next_at"] == DUE + DAY
 
 
+def test_a_slot_whose_key_another_request_has_is_decided(pipeline: Pipeline) -> None:
+    schedule(pipeline)
+    key = "schedule bronze_to_silver.nightly 2031-05-06T02:00:00Z"
+    pipeline.conn.execute(
+        "select * from etl.submit_run(procedures => '{orders}', idempotency_key => %s)", [key]
+    )
+    (slot,) = tick(pipeline)
+    assert slot["outcome"] == "failed"
+    run = pipeline.run(slot["run_id"])
+    assert (run["status"], run["error_code"]) == ("failed", "idempotency_key.reused")
+    assert health(pipeline)["next_at"] == DUE + DAY
+
+
+def test_a_full_refresh_that_gives_no_reason_is_decided(pipeline: Pipeline) -> None:
+    """A release before did not ask for one."""
+    schedule(pipeline)
+    pipeline.sql(
+        'update etl.schedules set definition = definition || \'{"mode": "full"}\'', role="etl_engine"
+    )
+    (slot,) = tick(pipeline)
+    run = pipeline.run(slot["run_id"])
+    assert (slot["outcome"], run["status"], run["reason"]) == ("failed", "failed", "schedule nightly")
+    assert health(pipeline)["next_at"] == DUE + DAY
+
+
+def test_a_scheduled_full_refresh_is_left_for_a_clock_that_may_start_it(pipeline: Pipeline) -> None:
+    pipeline.change("orders", allow_full_refresh=True)
+    due = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=4)
+    full = {**NIGHTLY, "name": "full", "mode": "full", "reason": "the source corrects the past"}
+    pipeline.apply(schedules=[full, {**NIGHTLY, "on_conflict": "queue"}])
+    expect_next(pipeline, due)
+    operator = pipeline.login("etl_operator")
+    said: list[tuple[str, str]] = []
+    operator.add_notice_handler(lambda d: said.append((d.message_primary or "", d.message_hint or "")))
+    fire = "select schedule, outcome from etl.fire_schedules()"
+    assert operator.execute(fire).fetchall() == [("nightly", "submitted")]
+    for _ in range(3):
+        assert operator.execute(fire).fetchall() == []
+    name = operator.info.user
+    remedy = f"grant etl_admin to {name}, or let a member of etl_admin be the clock"
+    warning = f"schedule full is due and left so: it refreshes fully, which {name} may not start"
+    assert set(said) == {(warning, remedy)}
+    assert len(said) <= 2, "once a minute"
+    query = "select detail, remedy from etl.diagnose() where check_name = 'schedule' and status = 'fail'"
+    (found,) = pipeline.rows(query)
+    assert found["detail"].startswith("full, a full refresh, is due since")
+    assert f"{name}, who last asked what is due, may not" in found["detail"]
+    assert found["remedy"] == remedy
+    assert health(pipeline, "full")["next_at"] == due
+    admin = pipeline.login("etl_admin")
+    assert admin.execute(fire).fetchall() == [("full", "submitted")]
+    assert pipeline.rows(query) == []
+
+
+def test_a_full_refresh_that_no_admin_s_clock_has_noticed_is_late(pipeline: Pipeline) -> None:
+    schedule(pipeline, datetime.now(UTC) - timedelta(hours=3), mode="full", reason="x")
+    pipeline.login("etl_operator").execute("select * from etl.fire_schedules()")
+    assert health(pipeline)["is_late"]
+    details = pipeline.column("select detail from etl.diagnose() where check_name = 'schedule'")
+    assert any("no clock whose role is a member of etl_admin has noticed it" in detail for detail in details)
+
+
 def test_a_scheduled_full_refresh_keeps_its_guardrails(pipeline: Pipeline) -> None:
     pipeline.change("orders", allow_full_refresh=True)
     reason = "the source corrects the past"
@@ -333,10 +438,6 @@ def test_a_scheduled_full_refresh_keeps_its_guardrails(pipeline: Pipeline) -> No
     work(pipeline)
     run = pipeline.run(slot["run_id"])
     assert (run["status"], run["mode"], run["reason"]) == ("succeeded", "full", reason)
-    operator = pipeline.login("etl_operator")
-    pipeline.sql("update etl.schedules set next_at = clock_timestamp()", role="etl_engine")
-    ((*_, outcome, run_id, _, reason),) = operator.execute("select * from etl.fire_schedules()").fetchall()
-    assert (outcome, pipeline.run(run_id)["error_code"]) == ("failed", "full_refresh.not_admin")
     pipeline.conn.execute("select etl.freeze_full_refresh(true, reason => 'closing the books')")
     (slot,) = tick(pipeline, DUE + 9 * DAY)
     assert pipeline.run(slot["run_id"])["error_code"] == "full_refresh.frozen"

@@ -48,6 +48,8 @@ def old(request: pytest.FixtureRequest, empty_db: Database, server: Server) -> I
     with Pipeline(empty_db) as pipeline:
         fill(pipeline)
         yield pipeline
+        # The server is shared: other tests must not find what this release has granted.
+        pipeline.conn.execute("revoke pg_read_all_stats from etl_owner")
 
 
 def fill(pipeline: Pipeline) -> None:
@@ -135,6 +137,38 @@ def test_a_schedule_of_the_release_before_begins_with_the_upgrade(old: Pipeline)
     assert old.value(
         "select next_at > clock_timestamp() and next_at < now() + interval '25 hours' from etl.schedules"
     )
+
+
+def test_an_upgrade_takes_back_what_the_engine_needed_as_the_role_of_the_team_s_code(
+    private_server: Server,
+) -> None:
+    """From the last database of a server that has the old release: roles are shared."""
+    held = (
+        "select array(select roleid::regrole::text from pg_auth_members where member = 'etl_owner'::regrole"
+        " and roleid::regrole::text ~ '^pg_' order by 1)"
+    )
+    warned = "select remedy from etl.diagnose() where check_name = 'engine' and status = 'warn'"
+    one, other = private_server.create_database(), private_server.create_database()
+    for database in (one, other):
+        assert run_psql(private_server, database.dsn, RELEASES[0]).returncode == 0
+    conn = one.connect()
+    conn.execute("grant pg_signal_backend to etl_owner")
+    both = ["pg_read_all_stats", "pg_signal_backend"]
+    migrate(one.dsn)
+    assert conn.execute(held).fetchone() == (both,)
+    assert conn.execute(warned).fetchall() == []
+    migrate(other.dsn)
+    assert conn.execute(held).fetchone() == ([],)
+    for role in both:
+        assert conn.execute("select pg_has_role('etl_engine', %s, 'usage')", [role]).fetchone() == (True,)
+    conn.execute("grant pg_read_all_stats to etl_owner")
+    migrate(one.dsn)
+    assert conn.execute(held).fetchone() == (both[:1],)
+    assert conn.execute(warned).fetchall() == [
+        ("as long as no routine needs it: revoke pg_read_all_stats from etl_owner",)
+    ]
+    for database in (one, other):
+        database.drop()
 
 
 # -- under a busy database --

@@ -19,11 +19,20 @@ begin
     is_done := v_logs.dropped is null and v_logs.busy is null;
     busy := v_logs.busy;
   end if;
+  -- Here and not where it is told of, which anybody who may purge can call: the retention that is not kept to shows by this alone.
+  perform etl._beat('purge', etl._purge_text(purged));
 end $$;
 comment on function etl._purge_batch(int) is
   'Purges one batch of everything; is_done: there was nothing left; busy: a month of logs that is in use just now. Raises PT409 purge.active.';
 revoke all on function etl._purge_batch(int) from public;
 grant execute on function etl._purge_batch(int) to etl_operator;
+
+create or replace function etl._purge_text(purged jsonb) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select string_agg(format('%s %s', k.value, k.key), ', ' order by k.key) from jsonb_each_text(purged) k
+$$;
+comment on function etl._purge_text(jsonb) is 'How much was purged, in words.';
+revoke all on function etl._purge_text(jsonb) from public;
 
 create or replace function etl._sum_counts(a jsonb, b jsonb) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
@@ -33,11 +42,12 @@ comment on function etl._sum_counts(jsonb, jsonb) is 'Two objects of numbers, ad
 revoke all on function etl._sum_counts(jsonb, jsonb) from public;
 grant execute on function etl._sum_counts(jsonb, jsonb) to etl_operator;
 
+-- Only beside a batch of this very transaction, which has noted when that was.
 create or replace function etl._note_purge(purged jsonb) returns void
 language sql volatile security definer set search_path = pg_catalog, pg_temp as $$
-  select etl._beat('purge', (select string_agg(format('%s %s', k.value, k.key), ', ' order by k.key) from jsonb_each_text(purged) k))
+  update etl.heartbeats h set detail = etl._purge_text(purged) where h.name = 'purge' and h.beat_at >= transaction_timestamp()
 $$;
-comment on function etl._note_purge(jsonb) is 'Notes that history was purged, and of what.';
+comment on function etl._note_purge(jsonb) is 'Adds to the note of the batch just purged what was purged before it.';
 revoke all on function etl._note_purge(jsonb) from public;
 grant execute on function etl._note_purge(jsonb) to etl_operator;
 

@@ -181,6 +181,25 @@ $$;
 comment on function etl._abandon_dead_runs(int) is 'Marks the dead runs and backfills of a pipeline, null: of all, as abandoned; returns how many.';
 revoke all on function etl._abandon_dead_runs(int) from public;
 
+create or replace function etl._insert_run(request jsonb, pipeline_id int, max_concurrency int, items etl.plan_item[], is_queued boolean) returns bigint
+language sql volatile set search_path = pg_catalog, pg_temp as $$
+  insert into etl.runs (pipeline_id, config_version_id, mode, as_of, parameters, request, idempotency_key, fingerprint, requested_by, subject,
+    application_name, approved_by, reason, max_concurrency, step_count, started_at, status, worker_pid)
+  select _insert_run.pipeline_id, (select max(v.config_version_id) from etl.config_versions v where v.pipeline_id = _insert_run.pipeline_id),
+         request->>'mode', (request->>'as_of')::timestamptz,
+         (select coalesce(jsonb_object_agg(p.name, i.parameters) filter (where i.parameters <> '{}'), '{}')
+            from unnest(items) i join etl.procedures p using (procedure_id)),
+         request, request->>'idempotency_key', etl._fingerprint(request), etl._requester(), etl._subject(), current_setting('application_name'),
+         case when not etl._needs_approval(_insert_run.pipeline_id, request) then coalesce(request->>'approved_by', case when request->>'mode' = 'full' then etl._requester() end) end,
+         request->>'reason',
+         _insert_run.max_concurrency, (select count(*) from unnest(items) i where i.kind = 'steps'),
+         case when not is_queued then clock_timestamp() end, case when is_queued then 'queued' else 'running' end,
+         case when not is_queued then pg_backend_pid() end
+  returning run_id
+$$;
+comment on function etl._insert_run(jsonb, int, int, etl.plan_item[], boolean) is 'Stores the row of a run; returns its number.';
+revoke all on function etl._insert_run(jsonb, int, int, etl.plan_item[], boolean) from public;
+
 -- Queued: only what was asked for. It is planned again when a worker takes it up.
 create or replace function etl._create_run(request jsonb, pipeline_id int, max_concurrency int, items etl.plan_item[], is_queued boolean default false)
 returns bigint
@@ -188,19 +207,17 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_run_id bigint;
 begin
-  insert into etl.runs (pipeline_id, config_version_id, mode, as_of, parameters, request, idempotency_key, fingerprint, requested_by, subject,
-    application_name, approved_by, reason, max_concurrency, step_count, started_at, status, worker_pid)
-  select _create_run.pipeline_id, (select max(v.config_version_id) from etl.config_versions v where v.pipeline_id = _create_run.pipeline_id),
-         request->>'mode', (request->>'as_of')::timestamptz,
-         (select coalesce(jsonb_object_agg(p.name, i.parameters) filter (where i.parameters <> '{}'), '{}')
-            from unnest(items) i join etl.procedures p using (procedure_id)),
-         request, request->>'idempotency_key', etl._fingerprint(request), etl._requester(), etl._subject(), current_setting('application_name'),
-         case when not etl._needs_approval(_create_run.pipeline_id, request) then coalesce(request->>'approved_by', case when request->>'mode' = 'full' then etl._requester() end) end,
-         request->>'reason',
-         _create_run.max_concurrency, (select count(*) from unnest(items) i where i.kind = 'steps'),
-         case when not is_queued then clock_timestamp() end, case when is_queued then 'queued' else 'running' end,
-         case when not is_queued then pg_backend_pid() end
-  returning run_id into v_run_id;
+  if request ? 'idempotency_key' and current_setting('transaction_isolation') <> 'read committed' then
+    -- Such a transaction does not see the run that another one stored under this key after it began.
+    begin
+      v_run_id := etl._insert_run(request, pipeline_id, max_concurrency, items, is_queued);
+    exception when unique_violation then
+      perform etl._fail('40001', 'idempotency_key.concurrent', format('a run with the idempotency key %s was stored after this transaction had begun', request->>'idempotency_key'),
+        'try again in a new transaction: it finds that run');
+    end;
+  else
+    v_run_id := etl._insert_run(request, pipeline_id, max_concurrency, items, is_queued);
+  end if;
   if is_queued then return v_run_id; end if;
   perform etl._insert_scopes(v_run_id, items);
   perform etl._insert_steps(v_run_id, items);

@@ -16,11 +16,19 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     from beat b where b.has_schedules
   union all
   select 'schedule', 'fail', format('no successful run of %s for the slot of %s, nor since; %s', h.schedule, to_char(h.late_since, 'YYYY-MM-DD HH24:MI OF'), case
+             when h.next_at <= h.late_since and s.definition->>'mode' = 'full' then 'no clock whose role is a member of etl_admin has noticed it'
              when h.next_at <= h.late_since then 'no clock has noticed it'
              when h.last_outcome = 'submitted' then format('run %s %s', h.last_run_id, case h.last_status when 'queued' then 'is still queued' when 'running' then 'is still running' else h.last_status end)
              else format('the last slot was %s: %s', h.last_outcome, h.last_reason) end),
          case when h.last_run_id is not null then format('b2s show %s', h.last_run_id) else format('b2s schedules %s', h.schedule) end
-    from etl.schedule_health h where h.is_late
+    from etl.schedule_health h join etl.pipelines l on l.name = h.pipeline join etl.schedules s on s.pipeline_id = l.pipeline_id and s.name = h.schedule
+   where h.is_late
+  union all
+  select 'schedule', 'fail', format('%s, a full refresh, is due since %s and left for a clock that may start it: %s, who last asked what is due, may not',
+                                    s.name, to_char(s.next_at, 'YYYY-MM-DD HH24:MI OF'), (b.clock).session_user_name),
+         format('grant etl_admin to %I, or let a member of etl_admin be the clock', (b.clock).session_user_name)
+    from beat b join etl.schedules s on s.is_active and s.definition->>'mode' = 'full' and s.next_at < clock_timestamp() - interval '3 minutes'
+   where (b.clock).beat_at > s.next_at and pg_has_role(to_regrole(quote_ident((b.clock).session_user_name))::oid, 'etl_admin', 'usage') is not true
   union all
   select 'queue', 'warn', format('run %s of %s has waited since %s and no run is active', r.run_id, l.name, to_char(r.submitted_at, 'YYYY-MM-DD HH24:MI OF')),
          'b2s worker executes what is queued; or a worker job of pg_cron: b2s sync-config'

@@ -21,6 +21,16 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     from pg_catalog.pg_auth_members m join pg_catalog.pg_roles r on r.oid = m.member
    where m.roleid = 'etl_engine'::regrole and not r.rolsuper
      and r.rolname not in (select i.installed_by from etl.installation i)
+  union all
+  -- A release before read statistics, and sent signals, as etl_owner; another database of the server may still have it.
+  select 'engine', 'warn', format('etl_owner, as which runs what the team wrote, is a member of %s, which b2s does not need', m.roleid::regrole),
+         format('as long as no routine needs it: revoke %s from etl_owner', m.roleid::regrole)
+    from pg_catalog.pg_auth_members m
+   where m.member = 'etl_owner'::regrole and m.roleid in ('pg_read_all_stats'::regrole, 'pg_signal_backend'::regrole)
+     and not exists (
+       select from pg_catalog.pg_shdepend d
+        where d.refclassid = 'pg_catalog.pg_authid'::regclass and d.refobjid = m.member and d.deptype = 'o' and d.classid = 'pg_catalog.pg_namespace'::regclass
+          and d.dbid <> (select o.oid from pg_catalog.pg_database o where o.datname = current_database()))
 $$;
 comment on function etl._diagnose_engine() is 'Findings about the engine itself: altered routines, disabled triggers, who could change history.';
 revoke all on function etl._diagnose_engine() from public;

@@ -37,32 +37,35 @@ revoke all on function etl._reference_sql() from public;
 -- once a year is not late because its run was purged.
 create or replace function etl._remembered_runs(pipeline_id int) returns bigint[]
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(array_agg(distinct q.run_id), '{}')
-    from etl.procedures p
-    cross join lateral (
-      (select a.run_id from etl.procedure_runs a where a.procedure_id = p.procedure_id and a.lock_key > 0 order by a.run_id desc limit 1)
-      union all
-      (select a.run_id from etl.procedure_runs a
-        where a.procedure_id = p.procedure_id and a.status = 'succeeded' and a.lock_key > 0 order by a.run_id desc limit 1)
-      union all
-      select r.run_id
-        from etl.schedules s
-        cross join lateral (
-          (select h.run_id from etl.schedule_slots h where h.schedule_id = s.schedule_id order by h.slot_at desc limit 1)
-          union all
-          (select h.run_id from (select * from etl.schedule_slots x where x.schedule_id = s.schedule_id and x.run_id is not null order by x.slot_at desc limit 10000) h
-            where etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1)) h
-        cross join lateral etl._resumptions(h.run_id) r
-       where s.pipeline_id = p.pipeline_id and s.is_active) q
-   where p.pipeline_id = _remembered_runs.pipeline_id and p.is_active
+  select coalesce(array_agg(distinct q.run_id), '{}') from (
+    select a.run_id
+      from etl.procedures p
+      cross join lateral (
+        (select a.run_id from etl.procedure_runs a where a.procedure_id = p.procedure_id and a.lock_key > 0 order by a.run_id desc limit 1)
+        union all
+        (select a.run_id from etl.procedure_runs a
+          where a.procedure_id = p.procedure_id and a.status = 'succeeded' and a.lock_key > 0 order by a.run_id desc limit 1)) a
+     where p.pipeline_id = _remembered_runs.pipeline_id and p.is_active
+    union all
+    select r.run_id
+      from etl.schedules s
+      cross join lateral (
+        (select h.run_id from etl.schedule_slots h where h.schedule_id = s.schedule_id order by h.slot_at desc limit 1)
+        union all
+        (select h.run_id from (select * from etl.schedule_slots x where x.schedule_id = s.schedule_id and x.run_id is not null order by x.slot_at desc limit 10000) h
+          where etl._succeeded_at(h.run_id) is not null order by h.slot_at desc limit 1)) h
+      cross join lateral etl._resumptions(h.run_id) r
+     where s.pipeline_id = _remembered_runs.pipeline_id and s.is_active) q
 $$;
 comment on function etl._remembered_runs(int) is
   'The runs in which each procedure of a pipeline last ended and last succeeded, and those of the last slot, and the last successful one, of each schedule.';
 revoke all on function etl._remembered_runs(int) from public;
 
--- Whole runs of one pipeline, the oldest first, until they have so many attempts together; one at least.
+-- Whole runs of one pipeline, the oldest first, until they have so many attempts together; one at least. What somebody is just
+-- referring to, as whoever resumes a run does, is left for the next time. Their rows are held, so that nobody can from now on; and
+-- looked at again, for who did after the first look and before that.
 create or replace function etl._expired_runs(max_rows int) returns bigint[]
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_pipeline record;
   v_run      record;
@@ -73,7 +76,7 @@ begin
     continue when v_pipeline.since is null;
     for v_run in execute
       'select r.run_id, r.step_count from etl.runs r where r.pipeline_id = $1 and r.ended_at < $2 and r.run_id <> all ($3)' || etl._reference_sql()
-      || ' order by r.run_id' using v_pipeline.pipeline_id, v_pipeline.since, etl._remembered_runs(v_pipeline.pipeline_id)
+      || ' order by r.run_id for update of r skip locked' using v_pipeline.pipeline_id, v_pipeline.since, etl._remembered_runs(v_pipeline.pipeline_id)
     loop
       exit when v_count > 0 and v_count + v_run.step_count > max_rows;
       v_runs := v_runs || v_run.run_id;
@@ -81,9 +84,10 @@ begin
     end loop;
     exit when v_runs <> '{}';
   end loop;
+  execute 'select coalesce(array_agg(r.run_id order by r.run_id), ''{}'') from etl.runs r where r.run_id = any ($1)' || etl._reference_sql() into v_runs using v_runs;
   return v_runs;
 end $$;
-comment on function etl._expired_runs(int) is 'Runs that are no longer kept and that nothing refers to, a batch of them.';
+comment on function etl._expired_runs(int) is 'Runs that are no longer kept and that nothing refers to, a batch of them; holds their rows.';
 revoke all on function etl._expired_runs(int) from public;
 grant execute on function etl._expired_runs(int) to etl_retention;
 

@@ -15,8 +15,11 @@ begin
     perform etl._fail('PT409', 'run.queued', format('run %s has not begun', wanted_run_id), format('call etl.work(run_id => %s)', wanted_run_id));
   end if;
   perform etl._acquire(v_run.pipeline_id);
-  select * into v_run from etl.runs r where r.run_id = wanted_run_id;
-  if v_run.status in ('succeeded', 'completed_with_warnings') then
+  -- From here on it cannot be purged; it may have been while that was waited for.
+  select * into v_run from etl.runs r where r.run_id = wanted_run_id for key share;
+  if not found then
+    perform etl._fail('PT404', 'run.unknown', format('run %s has just been purged', wanted_run_id), 'which there are: select * from etl.run_history');
+  elsif v_run.status in ('succeeded', 'completed_with_warnings') then
     perform etl._fail('PT409', 'run.nothing_left', format('run %s has %s: nothing is left to do', wanted_run_id, replace(v_run.status, '_', ' ')),
       'start another run: call etl.start_run()');
   elsif not exists (select from etl.procedure_runs p where p.run_id = wanted_run_id) then

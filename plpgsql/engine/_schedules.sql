@@ -1,14 +1,24 @@
--- What becomes of a schedule that is due. Its row is held meanwhile: a second clock waits, and then finds nothing due.
+-- What becomes of a schedule that is due. Its row is held meanwhile: a second clock passes over it, and the next time finds it decided.
 
+-- Never waits: a session that has noted something and keeps its transaction open stops no other. The lock of the first note is of
+-- the row that is not there yet.
 create or replace function etl._beat(name text, detail text default null) returns void
-language sql volatile set search_path = pg_catalog, pg_temp as $$
-  insert into etl.heartbeats as h (name, beat_at, session_user_name, application_name, detail)
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+  if exists (select from etl.heartbeats h
+              where h.name = _beat.name and h.beat_at >= clock_timestamp() - interval '10 seconds' and h.detail is not distinct from _beat.detail) then
+    return;
+  end if;
+  update etl.heartbeats h
+     set beat_at = clock_timestamp(), session_user_name = session_user, application_name = current_setting('application_name'), detail = _beat.detail
+   where h.name = (select x.name from etl.heartbeats x where x.name = _beat.name for update skip locked);
+  if found or exists (select from etl.heartbeats h where h.name = _beat.name) then return; end if;
+  if not pg_try_advisory_xact_lock(hashtextextended('b2s heartbeat ' || _beat.name, 0)) then return; end if;
+  insert into etl.heartbeats (name, beat_at, session_user_name, application_name, detail)
   values (_beat.name, clock_timestamp(), session_user, current_setting('application_name'), _beat.detail)
-  on conflict on constraint heartbeats_pkey do update
-    set beat_at = excluded.beat_at, session_user_name = excluded.session_user_name, application_name = excluded.application_name, detail = excluded.detail
-    where h.beat_at < excluded.beat_at - interval '10 seconds' or h.detail is distinct from excluded.detail
-$$;
-comment on function etl._beat(text, text) is 'Notes that a clock is alive.';
+  on conflict on constraint heartbeats_pkey do nothing;
+end $$;
+comment on function etl._beat(text, text) is 'Notes that a clock is alive, unless another session is just noting it.';
 revoke all on function etl._beat(text, text) from public;
 
 -- The file is the confirmation of a scheduled full refresh, and says why; who may start one, and the freeze, are seen to by the plan.
@@ -31,13 +41,15 @@ $$;
 comment on function etl._names(jsonb) is 'A jsonb array as text[], null when it is empty.';
 revoke all on function etl._names(jsonb) from public;
 
--- Recorded as a run that has failed, so that it shows wherever failed runs do.
+-- Recorded as a run that has failed, so that it shows wherever failed runs do. Without the key of the slot, which another request
+-- may have; and with a reason, which a schedule of a release before need not give for a full refresh.
 create or replace function etl._fail_scheduled(schedule etl.schedules, request jsonb, code text, message text) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_run_id bigint;
 begin
-  v_run_id := etl._create_run(request, schedule.pipeline_id, 1, '{}', is_queued => true);
+  v_run_id := etl._create_run(request - 'idempotency_key' || case when request->>'mode' = 'full'
+    then jsonb_build_object('reason', coalesce(request->>'reason', 'schedule ' || schedule.name)) else '{}' end, schedule.pipeline_id, 1, '{}', is_queued => true);
   update etl.runs r set status = 'failed', started_at = clock_timestamp(), ended_at = clock_timestamp(), error_code = code, error_message = message
    where r.run_id = v_run_id;
   raise warning 'schedule % could not start a run: %', schedule.name, message using hint = format('b2s show %s', v_run_id);
@@ -128,17 +140,40 @@ end $$;
 comment on function etl._fire_schedule(etl.schedules, timestamptz) is 'Decides the last slot of a schedule that is due, and notes the next one. The caller holds its row.';
 revoke all on function etl._fire_schedule(etl.schedules, timestamptz) from public;
 
+-- A full refresh that may not be started is not decided either, or whoever ticks first would use it up. Whoever ticks learns why:
+-- there may be no other clock. Once a minute, however often that is.
+create or replace function etl._warn_of_full_schedules(as_of timestamptz, requester text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+  v_minute text := date_trunc('minute', as_of)::text;
+  v_name   text;
+begin
+  if current_setting('b2s.full_schedules_warned', true) = v_minute then return; end if;
+  for v_name in select s.name from etl.schedules s where s.is_active and s.definition->>'mode' = 'full' and s.next_at <= as_of order by s.schedule_id loop
+    raise warning 'schedule % is due and left so: it refreshes fully, which % may not start', v_name, requester
+      using hint = format('grant etl_admin to %I, or let a member of etl_admin be the clock', requester);
+    perform set_config('b2s.full_schedules_warned', v_minute, false);
+  end loop;
+end $$;
+comment on function etl._warn_of_full_schedules(timestamptz, text) is 'Says which schedules are due and left to a clock that may start full refreshes.';
+revoke all on function etl._warn_of_full_schedules(timestamptz, text) from public;
+
 create or replace function etl._fire_schedules(as_of timestamptz) returns setof etl.schedule_slots
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
+  v_is_admin boolean := pg_has_role(to_regrole(quote_ident(etl._requesting_role()))::oid, 'etl_admin', 'usage') is true;
   v_schedule etl.schedules;
   v_slot     etl.schedule_slots;
 begin
   -- While b2s is being upgraded nothing is started; what is due waits.
   if not pg_try_advisory_xact_lock_shared(6435443, 0) then return; end if;
   perform etl._beat('clock');
+  if not v_is_admin then perform etl._warn_of_full_schedules(as_of, etl._requesting_role()); end if;
+  -- What another clock is deciding, or b2s sync-config changing, is not waited for: there is a next time.
   for v_schedule in
-    select * from etl.schedules s where s.is_active and coalesce(s.next_at, '-infinity') <= as_of order by s.schedule_id for update
+    select * from etl.schedules s
+     where s.is_active and coalesce(s.next_at, '-infinity') <= as_of and (v_is_admin or s.next_at is null or s.definition->>'mode' is distinct from 'full')
+     order by s.schedule_id for update skip locked
   loop
     begin
       v_slot := etl._fire_schedule(v_schedule, as_of);
@@ -148,7 +183,7 @@ begin
     end;
   end loop;
 end $$;
-comment on function etl._fire_schedules(timestamptz) is 'Decides everything that is due at a moment.';
+comment on function etl._fire_schedules(timestamptz) is 'Decides everything that is due at a moment and that whoever asks may start.';
 revoke all on function etl._fire_schedules(timestamptz) from public;
 
 create or replace function etl._resumptions(run_id bigint) returns setof etl.runs

@@ -1,9 +1,11 @@
 -- Writing a validated configuration into the catalog tables. The caller holds the configuration lock.
 
--- What is new, changed its time or comes back begins now: it owes nothing for the time before.
+-- What is new, changed its time or comes back begins now: it owes nothing for the time before. The rows are locked first, in the
+-- order in which a clock takes them, whatever their order in the file.
 create or replace function etl._store_schedules(pipeline_id int, config jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
+  perform from etl.schedules s where s.pipeline_id = _store_schedules.pipeline_id order by s.schedule_id for update;
   update etl.schedules s set is_active = false
    where s.pipeline_id = _store_schedules.pipeline_id and s.is_active and s.name not in (select x->>'name' from jsonb_array_elements(config->'schedules') x);
   insert into etl.schedules as s (pipeline_id, name, definition, next_at)

@@ -114,6 +114,7 @@ end $$;
 do $$
 declare
   v_object text;
+  v_grant  record;
 begin
   begin
     create schema if not exists etl authorization etl_engine;
@@ -134,6 +135,23 @@ begin
     select format('routine %s', p.oid::regprocedure) from pg_catalog.pg_proc p where p.pronamespace = 'etl'::regnamespace
   loop
     execute format('alter %s owner to etl_engine', v_object);
+  end loop;
+  -- What the team wrote need not see the sessions of others, or end them. A database of the same server that still has such a
+  -- release does need it: roles are shared. What stays is told by b2s doctor.
+  if exists (select from pg_catalog.pg_shdepend d
+              where d.refclassid = 'pg_catalog.pg_authid'::regclass and d.refobjid = 'etl_owner'::regrole and d.deptype = 'o'
+                and d.classid = 'pg_catalog.pg_namespace'::regclass
+                and d.dbid <> (select o.oid from pg_catalog.pg_database o where o.datname = current_database())) then
+    return;
+  end if;
+  for v_grant in
+    select m.roleid::regrole as role, m.grantor::regrole as grantor from pg_catalog.pg_auth_members m
+     where m.member = 'etl_owner'::regrole and m.roleid in ('pg_read_all_stats'::regrole, 'pg_signal_backend'::regrole) and pg_has_role('etl_engine', m.roleid, 'usage')
+  loop
+    begin
+      execute format('revoke %s from etl_owner granted by %s', v_grant.role, v_grant.grantor);
+    exception when insufficient_privilege or dependent_objects_still_exist then null;
+    end;
   end loop;
 exception when insufficient_privilege then
   raise exception using errcode = 'PT403', message = format('%I may not give schema etl to etl_engine: %s', current_user, sqlerrm),
