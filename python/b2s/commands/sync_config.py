@@ -65,8 +65,8 @@ def execute(arguments: argparse.Namespace) -> int:
             print_lines(jobs.lines(style()))
         applied = plan if is_look else apply_config(connection, loaded, plan)
         if not is_look:
-            _store_lineage(connection, loaded.config.pipeline)
             jobs.apply()
+            _store_lineage(connection, loaded.config.pipeline)
     is_changed = bool(plan.changes or plan.drift or jobs.changes)
     if arguments.json:
         print_json({**_document(applied), **jobs.document(), "is_applied": not is_look and is_changed})
