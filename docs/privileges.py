@@ -45,7 +45,7 @@ select c.relname, k.title,
                                      else has_table_privilege(r, c.oid, q) end), '')
                from unnest(%s::text[]) with ordinality u(r, n) order by n)
   from pg_class c join kinds k on k.relkind = c.relkind::text
- where c.relnamespace = 'etl'::regnamespace
+ where c.relnamespace = 'etl'::regnamespace and not c.relispartition
  order by 2, 1"""
 
 

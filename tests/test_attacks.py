@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from psycopg.types.json import Jsonb
 
+from b2s.db import connect
 from tests.pipelines import Gate, Pipeline, messages_of, refused
 from tests.servers import Database, wait_until
 
@@ -272,3 +274,63 @@ def test_a_window_without_time_zone_is_refused(pipeline: Pipeline) -> None:
     with refused("PT422", "config.invalid") as refusal:
         pipeline.apply()
     assert "is of type timestamp without time zone" in refusal.message
+
+
+CARDS = """
+create schema secret authorization etl_owner; set role etl_owner; create table secret.cards (n text);
+insert into secret.cards values ('4111'), ('5500'); reset role"""
+LEAKS = (
+    "select ('leak: ' || string_agg(n, ','))::int from secret.cards) q(value) on true -- ",
+    "select ('leak: ' || string_agg(n, ','))::int from secret.cards",
+    "select id from bronze.numbered) q(value) on true; select max(n)::int from secret.cards -- ",
+)
+
+
+@pytest.mark.parametrize("query", LEAKS)
+def test_a_reader_who_plans_does_not_read_with_the_rights_of_the_steps(
+    pipeline: Pipeline, query: str
+) -> None:
+    pipeline.conn.execute(CARDS.encode())
+    pipeline.add("load", arguments="p_since bigint, p_until bigint", watermark=watermark(source=query))
+    reader = pipeline.login("etl_reader")
+    row = reader.execute("select etl.plan_config(%s)", [Jsonb(pipeline.spec())]).fetchone()
+    assert row is not None
+    assert [one["name"] for one in row[0]["changes"] if one["kind"] == "procedure"] == ["load"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        LEAKS[0],
+        "select max(id) from bronze.numbered) q(value) on true -- ",
+        "select max(id) from bronze.numbered) q(value) on false; select 'bigint' -- ",
+        "select max(id) from bronze.numbered; select 1",
+        "select (max(id) from bronze.numbered",
+        "select max(id) from bronze.numbered /* the newest",
+    ],
+)
+def test_a_source_that_is_more_or_less_than_one_query_is_refused(pipeline: Pipeline, query: str) -> None:
+    pipeline.conn.execute(CARDS.encode())
+    pipeline.add("load", arguments="p_since bigint, p_until bigint", watermark=watermark(source=query))
+    with refused("PT422", "config.invalid") as refusal:
+        pipeline.apply()
+    (problem,) = refusal.detail["errors"]
+    assert problem["message"].startswith("the source query fails: ")
+    assert "4111" not in str(refusal)
+
+
+def test_a_source_may_end_with_a_comment(pipeline: Pipeline) -> None:
+    query = "select max(id) from bronze.numbered -- the newest"
+    pipeline.add("load", arguments="p_since bigint, p_until bigint", watermark=watermark(source=query))
+    pipeline.apply()
+    pipeline.sql("insert into bronze.numbered values (7)")
+    assert pipeline.start().status == "succeeded"
+    assert pipeline.watermark("load") == "8"
+
+
+def test_b2s_prepares_nothing_that_a_step_could_replace(pipeline: Pipeline) -> None:
+    with connect(pipeline.db.dsn) as connection:
+        for _ in range(10):
+            connection.execute("select %s::int", [1])
+        left = connection.execute("select count(*) from pg_prepared_statements").fetchone()
+    assert left == (0,)

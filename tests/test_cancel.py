@@ -1,5 +1,6 @@
 """A run that is stopped, and a run whose session dies: what is kept, what is recorded, who can go on."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from b2s.migrate import migrate
 from tests.pipelines import Background, Gate, Pipeline, messages_of, refused
 from tests.servers import Connection, Database, Server, wait_until
+from tests.test_approvals import As, front_end
 
 
 @pytest.fixture
@@ -126,6 +128,26 @@ def test_an_operator_cannot_stop_the_run_of_somebody_else(pipeline: Pipeline) ->
                 stranger.execute("select etl.cancel_run(%s, force => %s)", [active_run(pipeline), force])
         gate.open()
         assert started.result().status == "succeeded"
+
+
+def test_a_subject_with_the_name_of_a_role_is_not_that_role(pipeline: Pipeline) -> None:
+    three_steps(pipeline)
+    operator = pipeline.login("etl_operator")
+    web = front_end(pipeline, "etl_operator")
+    claims = json.dumps({"sub": operator.info.user})
+    with pipeline.gate() as gate:
+        started = pipeline.start_in_background(operator)
+        gate.wait_for_arrivals()
+        with refused("PT403", "run.not_yours"), As(web, "etl_operator", claims):
+            web.execute("select etl.cancel_run(%s)", [active_run(pipeline)])
+        gate.open()
+        assert started.result().status == "succeeded"
+    with As(web, "etl_operator", claims):
+        row = web.execute("select run_id from etl.submit_run()").fetchone()
+    with refused("PT403", "run.not_yours"):
+        operator.execute("select etl.cancel_run(%s)", row)
+    with As(web, "etl_operator", claims):
+        web.execute("select etl.cancel_run(%s)", row)
 
 
 def test_a_reader_cannot_stop_a_run(pipeline: Pipeline) -> None:

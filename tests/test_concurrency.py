@@ -409,6 +409,51 @@ def test_helpers_called_out_of_turn_are_refused(waiting: Pipeline) -> None:
         assert started.result().status == "succeeded"
 
 
+CANCELLED = '{"class": "cancelled", "code": "57014", "sqlstate": "57014", "message": "forged"}'
+
+
+def test_a_helper_does_not_end_what_it_has_not_begun(pipeline: Pipeline) -> None:
+    pipeline.add("a", Gate.WAIT)
+    pipeline.add("b", dependencies=["a"])
+    pipeline.add("c", dependencies=["b"])
+    pipeline.apply()
+    attacker = pipeline.login("etl_operator")
+    with pipeline.gate() as gate:
+        started = pipeline.start_in_background(pipeline.login("etl_operator"))
+        gate.wait_for_arrivals()
+        run_id = pipeline.value("select run_id from etl.runs")
+        for scope_index in (1, 2, 3):
+            with refused("42501", "run.not_owned"), attacker.transaction():
+                attacker.execute("select * from etl._enlist(null, %s)", [run_id])
+                attacker.execute("select etl._record_failure(%s, %s, %s)", [run_id, scope_index, CANCELLED])
+        gate.open()
+        assert started.result().status == "succeeded"
+    with refused("42501", "run.not_owned"):
+        attacker.execute("select etl._record_failure(%s, 1, %s)", [run_id, CANCELLED])
+    assert pipeline.outcomes(run_id) == dict.fromkeys("abc", "succeeded")
+
+
+def test_of_a_step_whose_session_is_gone_a_helper_can_say_that_alone(pipeline: Pipeline) -> None:
+    pipeline.add("a", Gate.WAIT)
+    pipeline.add("b", dependencies=["a"])
+    pipeline.apply()
+    attacker = pipeline.login("etl_operator")
+    with pipeline.gate() as gate:
+        started = pipeline.start_in_background()
+        (pid,) = gate.wait_for_arrivals()
+        run_id = pipeline.value("select run_id from etl.runs")
+        with attacker.transaction():
+            attacker.execute("select * from etl._enlist(null, %s)", [run_id])
+            pipeline.value("select pg_terminate_backend(%s, 5000)", pid)
+            attacker.execute("select etl._record_failure(%s, 1, %s)", [run_id, CANCELLED])
+        with pytest.raises(psycopg.OperationalError):
+            started.result()
+    (lost, again) = [step for step in pipeline.steps(run_id) if step["procedure_name"] == "a"]
+    assert (lost["status"], lost["error_code"], again["status"]) == ("retrying", "worker.lost", "pending")
+    assert str(pid) in lost["error_message"]
+    assert pipeline.run(run_id)["cancel_requested_at"] is None
+
+
 def test_nobody_else_can_walk_an_active_run(waiting: Pipeline) -> None:
     attacker = waiting.login("etl_operator")
     attacker.execute("set lock_timeout = '20ms'")

@@ -724,6 +724,16 @@ def test_deferred_constraints_are_checked_after_each_call(pipeline: Pipeline) ->
     assert "violates foreign key constraint" in runs["detail"]
 
 
+def test_deferred_constraints_of_others_are_left_alone(pipeline: Pipeline) -> None:
+    pipeline.conn.execute(
+        "create schema others; create table others.parents (id bigint primary key);"
+        " create table others.children (parent_id bigint"
+        "   references others.parents deferrable initially deferred)"
+    )
+    configure(pipeline, UPSERT.format(INSIDE))
+    assert failures(findings(pipeline)) == []
+
+
 def test_a_routine_that_empties_its_source_is_tested(pipeline: Pipeline) -> None:
     configure(pipeline, UPSERT.format(INSIDE) + f"; delete from bronze.events e where {INSIDE}")
     found = findings(pipeline)

@@ -127,6 +127,33 @@ def test_a_run_goes_on_without_helpers_that_cannot_connect(pipeline: Pipeline) -
     assert not [message for message in received if PASSWORD in message.text or "'wrong'" in message.text]
 
 
+def test_a_run_goes_on_without_helpers_when_the_engine_may_not_use_dblink(pipeline: Pipeline) -> None:
+    pipeline.apply(helper_server="helpers")
+    pipeline.conn.execute("create schema hidden; alter extension dblink set schema hidden")
+    conn = pipeline.db.connect()
+    received = messages_of(conn)
+    with pipeline.gate() as gate:
+        gate.open()
+        run = pipeline.start(conn)
+    assert run.status == "succeeded"
+    (warning,) = [message.text for message in received if message.severity == "WARNING"]
+    assert f"run {run.run_id} goes on without helpers: permission denied" in warning
+
+
+def test_a_run_that_has_ended_does_not_fail_over_helpers_that_cannot_be_closed(pipeline: Pipeline) -> None:
+    pipeline.apply(helper_server="helpers")
+    conn = pipeline.db.connect()
+    received = messages_of(conn)
+    with pipeline.gate() as gate:
+        started = pipeline.start_in_background(conn)
+        gate.wait_for_arrivals(2)
+        pipeline.conn.execute("revoke execute on function dblink_disconnect(text) from public")
+        gate.open()
+        assert started.result().status == "succeeded"
+    warnings = [message.text for message in received if message.severity == "WARNING"]
+    assert [text for text in warnings if text.startswith("sessions that helped are not closed: permission")]
+
+
 def test_the_helpers_go_on_when_the_session_that_began_the_run_dies(pipeline: Pipeline) -> None:
     pipeline.apply(helper_server="helpers")
     conn = pipeline.db.connect()
@@ -161,6 +188,11 @@ def test_helpers_that_an_interrupted_call_has_left_are_closed_by_the_next_one(pi
     [
         ("drop extension dblink cascade", "the extension dblink is not installed", "create extension dblink"),
         ("drop server helpers cascade", "there is no foreign server helpers", "create server helpers"),
+        (
+            "create schema hidden; alter extension dblink set schema hidden",
+            "role etl_engine may not use schema hidden",
+            "grant usage on schema hidden to etl_engine",
+        ),
         (
             "revoke usage on foreign server helpers from etl_engine",
             "role etl_engine may not use foreign server helpers",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from psycopg.conninfo import make_conninfo
 
 pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
 
@@ -65,6 +66,15 @@ def test_sync_config_notes_what_the_sql_says(cli: Cli) -> None:
     assert {sources for *_, sources in [(*one[:3], tuple(one[3])) for one in edges(cli)]} == {
         ("observed", "static")
     }
+
+
+def test_sync_config_needs_no_right_on_the_schemas_of_the_team(cli: Cli, db: Database) -> None:
+    with Pipeline(db) as pipeline:
+        admin = pipeline.login("etl_admin")
+        own = make_conninfo(db.dsn, user=admin.info.user, password=admin.info.password)
+        done = cli("sync-config", "--dsn", own)
+        assert (done.code, done.err) == (0, "")
+    assert len(edges(cli)) == 4
 
 
 def test_without_the_parser_sync_config_works_and_observation_goes_on(

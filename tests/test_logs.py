@@ -16,7 +16,7 @@ from psycopg.conninfo import make_conninfo
 from b2s.cli import main
 from b2s.progress import JsonDisplay, LogDisplay, PlainDisplay, level_of, logger
 from b2s.render import Style
-from tests.pipelines import Background, Gate, Pipeline, Row, messages_of
+from tests.pipelines import Background, Gate, Pipeline, Row, messages_of, refused
 from tests.processes import b2s
 from tests.servers import Connection, Database, Server, wait_until
 
@@ -182,6 +182,49 @@ def test_of_very_many_lines_all_are_kept_or_the_last_ones(pipeline: Pipeline) ->
     assert [int(line[5]) for line in lines(pipeline) if line[3] == "b"] == list(range(2001, 2501))
 
 
+@pytest.mark.parametrize("strategy", ["timestamp", "id"])
+def test_serializable_steps_with_watermarks_log_side_by_side(pipeline: Pipeline, strategy: str) -> None:
+    """In tables that the server knows to be tiny, and would rather read whole."""
+    kind = {"timestamp": "timestamptz", "id": "bigint"}[strategy]
+    pipeline.add("first", "perform pg_advisory_xact_lock_shared(77)")
+    for name in "ab":
+        pipeline.sql(f"create table bronze.{name} (x {kind})")
+        pipeline.add(
+            name,
+            f"{SAYS}; {Gate.WAIT}",
+            isolation="serializable",
+            dependencies=["first"],
+            arguments=f"p_since {kind}, p_until {kind}",
+            watermark={
+                "strategy": strategy,
+                "source": [f"bronze.{name}.x"],
+                "state_key": name,
+                "delay_ms": 0,
+            },
+        )
+    pipeline.apply()
+    doorman = pipeline.db.connect()
+    pipeline.start()  # inserts the rows of the watermarks, as neighbours in a page of their index
+    pipeline.conn.execute(
+        "vacuum (analyze) etl.procedure_runs, etl.runs, etl.run_scopes, etl.state, etl.state_history"
+    )
+    for name in "ab":
+        pipeline.sql(f"insert into bronze.{name} values ({'now()' if strategy == 'timestamp' else '1'})")
+    with pipeline.gate() as gate:
+        doorman.execute("select pg_advisory_lock(77)")
+        running = pipeline.start_in_background()
+        wait_until(pipeline.conn, "select exists (select from etl.procedure_runs where status = 'running')")
+        helping = Background(lambda: pipeline.db.connect().execute("call etl.work()"))
+        wait_until(pipeline.conn, "select exists (select from etl.run_workers where run_id = 2)")
+        doorman.execute("select pg_advisory_unlock(77)")
+        gate.wait_for_arrivals(2)
+        gate.open()
+        assert running.result().status == "succeeded"
+        helping.result()
+    assert [(s["attempt"], s["error_message"]) for s in pipeline.steps(2)] == [(1, None)] * 3
+    assert len(lines(pipeline)) == 4
+
+
 def test_serializable_steps_log_side_by_side(pipeline: Pipeline) -> None:
     for name in "ab":
         pipeline.add(name, f"{SAYS}; {Gate.WAIT}", isolation="serializable")
@@ -284,6 +327,92 @@ def test_a_setting_of_the_session_makes_nobody_a_step(pipeline: Pipeline) -> Non
     assert lines(pipeline) == []
 
 
+def test_whoever_says_very_much_in_the_name_of_a_step_is_none(pipeline: Pipeline) -> None:
+    pipeline.add("a", Gate.WAIT)
+    pipeline.apply()
+    reader = pipeline.login("etl_reader")
+    forge = "select etl.log('error', 'forged') from generate_series(1, 1000)"
+    reader.execute("set b2s.step = '1 1 1 a'; set client_min_messages = error")
+    with pipeline.gate() as gate:
+        running = pipeline.start_in_background()
+        gate.wait_for_arrivals()
+        reader.execute(forge)
+        gate.open()
+        running.result()
+    reader.execute(forge)
+    assert lines(pipeline) == []
+    assert left_over(reader) == 0
+
+
+def test_whoever_executes_a_run_says_nothing_in_the_name_of_another_session(pipeline: Pipeline) -> None:
+    pipeline.add("a", Gate.WAIT)
+    pipeline.add(
+        "b",
+        "perform set_config('b2s.step', '1 1 1 a', true);"
+        " perform etl.log('error', 'forged') from generate_series(1, 1500)",
+    )
+    pipeline.apply()
+    with pipeline.gate() as gate:
+        running = pipeline.start_in_background()
+        gate.wait_for_arrivals()
+        helper = pipeline.db.connect(options="-c client_min_messages=error")
+        helping = Background(lambda: helper.execute("call etl.work()"))
+        wait_until(pipeline.conn, "select count(*) = 1 from etl.procedure_runs where status = 'succeeded'")
+        gate.open()
+        assert running.result().status == "succeeded"
+        helping.result()
+    assert lines(pipeline) == []
+
+
+def prepared(name: str, changes: str = "") -> str:
+    """What a routine says to leave a line of its own making."""
+    line = (
+        "jsonb_build_object('run_id', p_run_id, 'order_index', 1, 'attempt', 1, 'level', 'info',"
+        f" 'message', '{name}', 'at', clock_timestamp()){changes}"
+    )
+    return (
+        f"execute format('prepare {name} as select %L',"
+        f" replace(encode(convert_to(({line})::text, 'UTF8'), 'base64'), chr(10), ''))"
+    )
+
+
+NO_LINES: Final = (
+    """ || '{"level": "loud"}'""", """ || '{"at": "294276-12-31"}'""", """ || '{"at": "infinity"}'""",
+    """ || '{"at": "yesterday or so"}'""", """ || '{"at": null}'""", """ || '{"message": null}'""",
+    """ || '{"run_id": "x"}'""", """ || '{"run_id": 99}'""", """ || '{"order_index": 2}'""",
+    """ || '{"attempt": 12345678901}'""", " - 'at'", " - 'level'", " - 'run_id'", " - 'message'",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["", "; raise exception 'no'"])
+def test_what_a_step_leaves_under_such_a_name_is_passed_over(pipeline: Pipeline, end: str) -> None:
+    body = [
+        "execute 'prepare b2s_log_5 as select ' || quote_literal('not base64!')",
+        "execute 'prepare b2s_log_6 as select 6'",
+        "execute 'prepare b2s_log_60 as select ' || quote_literal('W10=')",
+        *(prepared(f"b2s_log_{70 + n}", changes) for n, changes in enumerate(NO_LINES)),
+        prepared("b2s_log_99999999999999999999"),
+        *(prepared(f"b2s_log_{name}", " || jsonb_build_object('at', now())") for name in ("7", "07")),
+        SAYS,
+    ]
+    pipeline.add("a", "; ".join(body) + end, arguments="p_run_id bigint")
+    pipeline.apply()
+    run = pipeline.start()
+    assert run.status == ("failed" if end else "succeeded")
+    assert "b2s_log" not in str(pipeline.step(run.run_id, "a")["error_message"])
+    assert len(lines(pipeline)) == 2
+    assert {line[5] for line in lines(pipeline)} <= {"b2s_log_7", "b2s_log_07", "about to begin"}
+    assert left_over(pipeline.conn) == 0
+
+
+def test_a_counter_that_a_step_has_spoilt_fails_no_other_one(pipeline: Pipeline) -> None:
+    pipeline.add("a", "perform set_config('b2s.log_lines', 'many', false)")
+    pipeline.add("b", SAYS, dependencies=["a"])
+    pipeline.apply()
+    assert pipeline.start().status == "succeeded"
+    assert [line[5] for line in lines(pipeline)] == ["about to begin"]
+
+
 def test_lines_of_a_call_that_was_interrupted_are_not_taken_for_those_of_the_next(pipeline: Pipeline) -> None:
     pipeline.add("a", f"{SAYS}; {Gate.WAIT}")
     pipeline.apply()
@@ -323,37 +452,117 @@ def partitions(pipeline: Pipeline) -> list[str]:
     )
 
 
+def this_month_and_the_next() -> list[str]:
+    now = datetime.now(UTC)
+    following = now.replace(year=now.year + now.month // 12, month=now.month % 12 + 1, day=1)
+    return [f"etl.step_logs_p{one:%Y%m}" for one in (now, following)]
+
+
+def forget_months(pipeline: Pipeline, *names: str) -> None:
+    """As if the install had been so long ago."""
+    for name in names or this_month_and_the_next():
+        pipeline.conn.execute(f"drop table {name}".encode())
+
+
+def test_an_install_makes_this_month_and_the_next(pipeline: Pipeline) -> None:
+    assert partitions(pipeline) == this_month_and_the_next()
+
+
 def test_each_month_has_a_partition_made_by_whoever_needs_it_first(pipeline: Pipeline) -> None:
     pipeline.add("a", SAYS)
     pipeline.add("b")
     pipeline.apply()
-    assert partitions(pipeline) == []
+    forget_months(pipeline)
     pipeline.start()
-    now = datetime.now(UTC)
-    following = now.replace(year=now.year + now.month // 12, month=now.month % 12 + 1, day=1)
-    assert partitions(pipeline) == [f"etl.step_logs_p{one:%Y%m}" for one in (now, following)]
+    assert partitions(pipeline) == this_month_and_the_next()
     pipeline.start()
     assert len(partitions(pipeline)) == 2
 
 
-def test_a_reader_of_the_log_holds_up_no_run(pipeline: Pipeline) -> None:
-    """The month to come is made by a later run then; only a month that is needed now is waited for."""
-    pipeline.add("a")
+STRUCTURE: Final = """
+with it as (select oid, relname, relowner, relacl from pg_class where oid = %s::text::regclass)
+select format('%%s %%s', relowner::regrole, relacl::text) from it
+union all
+select format('%%s %%s %%s %%s', a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
+              pg_get_expr(d.adbin, d.adrelid))
+  from it join pg_attribute a on a.attrelid = it.oid and a.attnum > 0
+  left join pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+union all
+select replace(pg_get_indexdef(i.indexrelid), it.relname, 'it') from pg_index i join it on i.indrelid = it.oid
+union all
+select replace(pg_get_triggerdef(t.oid), it.relname, 'it') from pg_trigger t join it on t.tgrelid = it.oid
+union all
+select format('%%s %%s %%s', k.contype, k.coninhcount, pg_get_constraintdef(k.oid))
+  from pg_constraint k join it on k.conrelid = it.oid
+order by 1"""
+
+
+def test_a_month_that_a_run_has_made_is_as_those_of_the_install(pipeline: Pipeline) -> None:
+    pipeline.add("a", SAYS)
     pipeline.apply()
+    this, following = this_month_and_the_next()
+    before = pipeline.column(STRUCTURE, following)
+    assert [line for line in before if "TRUNCATE" in line]
+    forget_months(pipeline, following)
+    pipeline.start(pipeline.login("etl_operator"))
+    assert pipeline.column(STRUCTURE, following) == before == pipeline.column(STRUCTURE, this)
+
+
+def test_a_month_is_append_only_too(pipeline: Pipeline) -> None:
+    pipeline.add("a", SAYS)
+    pipeline.apply()
+    pipeline.start()
+    this, _ = this_month_and_the_next()
+    for statement in ("update {} set message = 'x'", "delete from {}", "truncate {}"):
+        with refused("PT409", "history.immutable"):
+            pipeline.conn.execute(statement.format(this).encode())
+
+
+def test_nobody_waits_for_a_transaction_that_has_made_a_month(pipeline: Pipeline) -> None:
+    pipeline.add("a", SAYS)
+    pipeline.apply()
+    this, following = this_month_and_the_next()
+    forget_months(pipeline, following)
+    queued = pipeline.value("select run_id from etl.submit_run()")
+    impatient = pipeline.db.connect(options="-c lock_timeout=2s")
+    with pipeline.db.connect(autocommit=False) as open_end:
+        open_end.execute("select etl.cancel_run(%s)", [queued])
+        assert pipeline.start(impatient).status == "succeeded"
+        assert impatient.execute("select count(*) from etl.run_events where event = 'log'").fetchone() == (1,)
+        assert partitions(pipeline) == [this]
+    assert partitions(pipeline) == [this, following]
+
+
+def test_a_reader_of_the_log_does_not_keep_a_month_from_being_made(pipeline: Pipeline) -> None:
+    pipeline.add("a", SAYS)
+    pipeline.apply()
+    forget_months(pipeline)
     with pipeline.db.connect(autocommit=False) as reader:
         reader.execute("select * from etl.step_logs")
-        assert pipeline.start().status == "succeeded"
-        assert partitions(pipeline) == []
-        reader.rollback()
+        assert pipeline.start(pipeline.db.connect(options="-c lock_timeout=2s")).status == "succeeded"
+        assert partitions(pipeline) == this_month_and_the_next()
+        assert reader.execute("select count(*) from etl.step_logs").fetchone() == (1,)
+
+
+def test_a_month_to_come_is_left_to_a_later_run_while_the_log_is_being_changed(pipeline: Pipeline) -> None:
+    pipeline.add("a")
+    pipeline.apply()
+    this, following = this_month_and_the_next()
+    forget_months(pipeline, following)
+    with pipeline.db.connect(autocommit=False) as other:
+        other.execute("lock table only etl.step_logs in share update exclusive mode")
+        assert pipeline.start(pipeline.db.connect(options="-c lock_timeout=2s")).status == "succeeded"
+        assert partitions(pipeline) == [this]
+        other.rollback()
     pipeline.start()
-    assert len(partitions(pipeline)) == 1
+    assert partitions(pipeline) == [this, following]
 
 
 def test_months_change_in_utc_and_at_the_turn_of_the_year(pipeline: Pipeline) -> None:
     pipeline.conn.execute("set timezone = 'Asia/Tokyo'")
     for moment in ("2026-12-31 23:59:59.999999+00", "2027-01-01 00:00:00+00"):
         pipeline.conn.execute("select etl._make_log_partition(%s, true)", [moment])
-    assert partitions(pipeline) == ["etl.step_logs_p202612", "etl.step_logs_p202701"]
+    assert {"etl.step_logs_p202612", "etl.step_logs_p202701"} <= set(partitions(pipeline))
     for moment, month in (("2026-12-31 23:59:59.999999+00", "202612"), ("2027-01-01 00:00:00+00", "202701")):
         (found,) = pipeline.column(
             "insert into etl.step_logs"
@@ -369,11 +578,13 @@ def test_runs_that_make_the_same_month_wait_for_each_other(pipeline: Pipeline) -
         with Pipeline(pipeline.db, f"pipeline_{name}") as other:
             other.add(name, f"{SAYS}; {Gate.WAIT}")
             other.apply()
+    forget_months(pipeline)
     with pipeline.gate() as gate:
         running = [pipeline.start_in_background(pipeline=f"pipeline_{name}") for name in "ab"]
         gate.wait_for_arrivals(2)
         gate.open()
-        assert [one.result().status for one in running] == ["succeeded", "succeeded"]
+        ids = [one.result().run_id for one in running]
+    assert [s["error_message"] for run_id in ids for s in pipeline.steps(run_id)] == [None, None]
     assert len(lines(pipeline)) == 2
     assert len(partitions(pipeline)) == 2
 

@@ -211,7 +211,7 @@ end $$;
 alter schema etl owner to etl_owner;
 drop function etl._call_routine(etl.procedure_runs, boolean), etl._read_source(text, text, text),
   etl._find_routine(text), etl._refresh_view(text, text), etl._restamp_source(text, text[], xid8),
-  etl._test_contract(jsonb, text, text);
+  etl._test_contract(jsonb, text, text), etl._check_source(text);
 create function etl._refresh(mv_name text, concurrency text, out is_concurrent boolean, out warning text)
   language sql as 'select true, null::text';
 alter function etl._refresh owner to etl_owner;
@@ -307,6 +307,7 @@ def test_everything_in_schema_etl_belongs_to_the_engine_but_what_runs_the_team_s
     )
     steps = (
         "_call_routine",
+        "_check_source",
         "_find_routine",
         "_read_source",
         "_refresh_view",

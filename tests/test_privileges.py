@@ -73,7 +73,10 @@ def test_every_table_and_view_has_a_line_is_read_by_readers_and_written_by_nobod
     kinds = {"tables": {"r", "p", "m", "f"}, "views": {"v"}}
     relations = conn.execute(RELATIONS.encode()).fetchall()
     for title, relkinds in kinds.items():
-        assert {name for name, _, kind in relations if kind in relkinds} == set(EXPECTED["relations"][title])
+        found = {name for name, _, kind in relations if kind in relkinds}
+        months = {name for name in found if name.startswith("step_logs_p")}
+        assert found - months == set(EXPECTED["relations"][title])
+        assert len(months) == (2 if title == "tables" else 0)
     rights = [*WRITES, *(["MAINTAIN"] if db.server.major >= 17 else [])]
     wrong = []
     for name, oid, kind in relations:

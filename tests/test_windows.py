@@ -849,6 +849,17 @@ def test_ids_of_a_query_are_not_held_back_by_another_pipeline_that_runs(by_id: W
         started.result()
 
 
+def test_ids_of_a_query_are_not_held_back_by_who_writes_what_the_engine_reads(by_id: Watch) -> None:
+    by_id.configure(source="select max(id) from bronze.src")
+    by_id.insert("row")
+    with by_id.pipeline.db.connect(autocommit=False) as other:
+        for table in ("state", "procedures", "procedure_runs", "run_scopes", "runs"):
+            other.execute(f"lock table etl.{table} in row exclusive mode".encode())
+        step = by_id.run()
+        assert (step["held_back_by"], by_id.copied()) == (None, ["row"])
+        other.rollback()
+
+
 def test_a_prepared_writer_of_one_partition_is_a_writer_of_the_table(watch: Watch, gid: str) -> None:
     watch.pipeline.sql(PARTS)
     watch.configure("parts")

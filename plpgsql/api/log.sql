@@ -7,7 +7,7 @@ create or replace function etl.log(level text, message text, data jsonb default 
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_step  text[] := string_to_array(substring(current_setting('b2s.step', true) from '^[0-9]{1,18} [0-9]{1,9} [0-9]{1,9} .+$'), ' ');
-  v_lines int := coalesce(nullif(current_setting('b2s.log_lines', true), '')::int, 0) + 1;
+  v_lines int := coalesce(substring(current_setting('b2s.log_lines', true) from '^[0-9]{1,4}$')::int, 0) + 1;
   v_level text := case when lower(level) in ('warning', 'warn') then 'warning' when lower(level) in ('error', 'critical', 'fatal') then 'error'
                        when lower(level) like 'debug%' then 'debug' else 'info' end;
   v_line  jsonb;
@@ -19,7 +19,7 @@ begin
   execute format('prepare b2s_log_%s as select %L', nextval('etl.log_ids'),
     encode(convert_to((v_line || jsonb_build_object('at', clock_timestamp()))::text, 'UTF8'), 'base64'));
   perform set_config('b2s.log_lines', v_lines::text, true);
-  if v_lines >= 1000 then perform etl._keep_logs(v_step[1]::bigint); end if;
+  if v_lines >= 1000 then perform etl._keep_or_forget_logs(v_step[1]::bigint, v_step[2]::int, v_step[3]::int); end if;
 end $$;
 comment on function etl.log(text, text, jsonb) is
   'Writes a line into the log of the step that calls it: etl.step_logs, b2s logs. level: debug, info, warning or error. It is kept when the step is rolled '

@@ -27,6 +27,7 @@ begin
 end $$;
 comment on function etl.plan_config(jsonb) is
   'What etl.apply_config with this configuration would change, and how the catalog has drifted from what was last applied. Writes nothing. '
+  'The query that is the source of a watermark is looked at for members of etl_admin only. '
   'Raises PT422 config.invalid with every problem, PT400 plan.cycle or plan.group_cycle.';
 revoke all on function etl.plan_config(jsonb) from public;
 grant execute on function etl.plan_config(jsonb) to etl_reader;

@@ -348,7 +348,11 @@ begin
     perform etl._announce(done->'events'->i);
     if done->'events'->i ? 'relations' then perform etl._record_observation(run_id, done->'events'->i); end if;
   end loop;
-  if not v_is_worker then return null; end if;
+  -- Lines from blocks of routines that were rolled back and caught; here because another session has ended the run, else at the end.
+  if not v_is_worker then
+    perform etl._keep_logs(run_id);
+    return null;
+  end if;
   if is_awaited and v_is_over then perform etl._release(run_id, array[v_ended]); end if;
   if v_run.kind = 'backfill' and v_ended - v_run.counted_until >= 100 then perform etl._count_chunks(v_run, v_ended); end if;
   if v_run.cancel_requested_at is not null then
@@ -367,8 +371,9 @@ begin
   if v_scope.scope_index is null then v_scope := etl._end_or_wait(v_run, v_is_idle); end if;
   if v_scope.scope_index is not null then
     perform set_config('synchronous_commit', 'off', true);
-  -- Lines from blocks of routines that were rolled back and caught.
-  else perform etl._keep_logs(run_id); end if;
+  else
+    perform etl._keep_logs(run_id);
+  end if;
   return v_scope;
 end $$;
 comment on function etl._claim(bigint, jsonb, boolean) is

@@ -111,7 +111,9 @@ $$;
 comment on function etl._id_source_problems(text[]) is 'What makes the ids of these columns no watermark.';
 revoke all on function etl._id_source_problems(text[]) from public;
 
--- The query is planned and typed, not executed.
+-- The query is planned and typed, not executed. It is what somebody wrote, read with the rights of etl_owner, and an error tells what
+-- it has read: so only who could configure it is told. First it is looked at alone, as what closes a parenthesis here would be a
+-- query of its own.
 create or replace function etl._query_source_problem(watermark jsonb, out message text, out hint text)
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -124,14 +126,16 @@ begin
     message := 'the xid strategy reads columns, a query has no meaning for it';
     return;
   end if;
-  v_type := etl._read_source(format('select format_type(pg_typeof(q.value), null) from (select) r left join lateral (%s) q(value) on false', watermark#>>'{source,0}'));
+  if not pg_has_role(etl._requesting_role(), 'etl_admin', 'usage') then return; end if;
+  perform etl._check_source(watermark#>>'{source,0}');
+  v_type := etl._read_source(format(E'select format_type(pg_typeof(q.value), null) from (select) r left join lateral (%s\n) q(value) on false', watermark#>>'{source,0}'));
   if v_type <> all (v_types) then
     message := format('the source query returns %s, the %s strategy needs %s', v_type, watermark->>'strategy', array_to_string(v_types, ' or '));
   end if;
 exception when others then
   message := format('the source query fails: %s', sqlerrm);
 end $$;
-comment on function etl._query_source_problem(jsonb) is 'What is wrong with the query that is the source of a watermark, or null.';
+comment on function etl._query_source_problem(jsonb) is 'What is wrong with the query that is the source of a watermark, or null; whoever is no member of etl_admin is not told.';
 revoke all on function etl._query_source_problem(jsonb) from public;
 
 create or replace function etl._watermark_problems(procedure jsonb) returns jsonb

@@ -22,12 +22,14 @@ comment on function etl._contract_show_window(text, text) is 'A window as text.'
 revoke all on function etl._contract_show_window(text, text) from public;
 grant execute on function etl._contract_show_window(text, text) to etl_owner;
 
--- In a run the next call is another transaction: deferred constraints are checked, and deferred again.
+-- In a run the next call is another transaction: deferred constraints are checked, and deferred again. Those in schemas that
+-- etl_owner may not use it may not name, and cannot have deferred.
 create or replace function etl._contract_check_constraints() returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
   v_deferred text := (select string_agg(distinct format('%I.%I', n.nspname, k.conname), ', ')
-                        from pg_catalog.pg_constraint k join pg_catalog.pg_namespace n on n.oid = k.connamespace where k.condeferred);
+                        from pg_catalog.pg_constraint k join pg_catalog.pg_namespace n on n.oid = k.connamespace
+                       where k.condeferred and has_schema_privilege('etl_owner', n.oid, 'usage'));
 begin
   set constraints all immediate;
   if v_deferred is not null then execute 'set constraints ' || v_deferred || ' deferred'; end if;

@@ -17,11 +17,14 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     left join pg_catalog.pg_foreign_server s on s.srvname = n.name
     cross join lateral (select
       case when etl._dblink_schema() is null then 'the extension dblink is not installed in this database'
+           when not has_schema_privilege('etl_engine', etl._dblink_schema(), 'usage')
+             then format('role etl_engine may not use schema %I, where the extension dblink is', etl._dblink_schema())
            when s.oid is null then format('there is no foreign server %I', n.name)
            when not has_server_privilege('etl_engine', s.oid, 'usage') then format('role etl_engine may not use foreign server %I', n.name)
            when not exists (select from pg_catalog.pg_user_mappings m where m.srvid = s.oid and m.umuser in ('etl_engine'::regrole, 0))
              then format('role etl_engine has no user mapping for foreign server %I', n.name) end as message,
       case when etl._dblink_schema() is null then 'create extension dblink'
+           when not has_schema_privilege('etl_engine', etl._dblink_schema(), 'usage') then format('grant usage on schema %I to etl_engine', etl._dblink_schema())
            when s.oid is null then format('create server %I foreign data wrapper dblink_fdw options (host ''localhost'', dbname %L)', n.name, current_database())
            when not has_server_privilege('etl_engine', s.oid, 'usage') then format('grant usage on foreign server %I to etl_engine', n.name)
            else format('create user mapping for etl_engine server %I options (user ''a_member_of_etl_operator'', password ''...'')', n.name) end as hint) q
@@ -30,7 +33,7 @@ $$;
 comment on function etl._helper_problems(jsonb) is 'What is missing for the helper_server of a configuration.';
 revoke all on function etl._helper_problems(jsonb) from public;
 
--- Those of an earlier CALL too, which ended before it could close them.
+-- Those of an earlier CALL too, which ended before it could close them. The run has ended: what goes wrong here takes nothing back.
 create or replace function etl._close_helpers() returns void
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -39,7 +42,7 @@ declare
   v_name   text;
   v_busy   int;
 begin
-  if v_schema is null then return; end if;
+  if v_schema is null or not has_schema_privilege(v_schema, 'usage') then return; end if;
   execute format('select %I.dblink_get_connections()', v_schema) into v_names;
   foreach v_name in array coalesce(v_names, '{}') loop
     continue when v_name !~ '^b2s_helper_';
@@ -51,6 +54,8 @@ begin
     end loop;
     execute format('select %I.dblink_disconnect($1)', v_schema) using v_name;
   end loop;
+exception when others then
+  raise warning 'sessions that helped are not closed: %', sqlerrm using hint = 'they end with this session, or with the run that they help';
 end $$;
 comment on function etl._close_helpers() is 'Closes the connections that etl._open_helpers has opened in this session.';
 revoke all on function etl._close_helpers() from public;

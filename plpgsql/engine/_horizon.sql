@@ -187,14 +187,16 @@ end $$;
 comment on function etl._note_horizon(bigint, timestamptz, timestamptz, text) is 'Keeps a safe timestamp for the next steps of the same run.';
 revoke all on function etl._note_horizon(bigint, timestamptz, timestamptz, text) from public;
 
--- Partitions that the planner left out are not locked, and cannot hold the value that was looked for.
+-- Partitions that the planner left out are not locked, and cannot hold the value that was looked for. What the engine itself has read
+-- in this transaction is no source: every run that goes on writes there.
 create or replace function etl._read_tables() returns oid[]
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
   return array(select l.relation from pg_catalog.pg_locks l
+                 join pg_catalog.pg_class c on c.oid = l.relation and c.relnamespace <> 'etl'::regnamespace
                 where l.pid = pg_backend_pid() and l.locktype = 'relation' and l.relation >= 16384 and l.mode = 'AccessShareLock');
 end $$;
-comment on function etl._read_tables() is 'Relations that this transaction has read.';
+comment on function etl._read_tables() is 'Relations that this transaction has read, but the engine''s own.';
 revoke all on function etl._read_tables() from public;
 
 create or replace function etl._feeding_sequences(tables oid[], column_name text) returns table (oid oid, cache bigint, increment bigint)
@@ -220,7 +222,7 @@ revoke all on function etl._feeding_sequences(oid[], text) from public;
 create or replace function etl._newest(sources text[]) returns text
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = on set enable_bitmapscan = on set enable_sort = on as $$
 begin
-  if etl._is_query(sources) then return etl._read_source(format('select to_jsonb(q.value) #>> ''{}'' from (%s) q(value)', sources[1])); end if;
+  if etl._is_query(sources) then return etl._read_source(format(E'select to_jsonb(q.value) #>> ''{}'' from (%s\n) q(value)', sources[1])); end if;
   return etl._read_source((
     select format('select max(q.value) from (%s) q', string_agg(format('select max(%I)::bigint as value from %I.%I', i[3], i[1], i[2]), ' union all '))
       from (select parse_ident(s) from unnest(sources) s) p(i)));

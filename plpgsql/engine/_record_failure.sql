@@ -125,6 +125,16 @@ end $$;
 comment on function etl._timed_out(etl.run_scopes, jsonb) is 'A failure as it is, or as a timeout when the watchdog had cancelled the step.';
 revoke all on function etl._timed_out(etl.run_scopes, jsonb) from public;
 
+-- Like any error that can pass by itself.
+create or replace function etl._loss_of(worker_pid int) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select jsonb_build_object('class', 'transient', 'code', 'worker.lost', 'sqlstate', '57P01',
+    'message', format('the session that executed the step (backend %s) is gone', worker_pid),
+    'hint', 'nothing of the step was kept; another session tries it again')
+$$;
+comment on function etl._loss_of(int) is 'The failure of a step whose session is gone.';
+revoke all on function etl._loss_of(int) from public;
+
 -- Returns the milliseconds to wait before the scope is claimed again, or null: the run goes on with what is left.
 create or replace function etl._record_failure(run_id bigint, scope_index int, failure jsonb) returns float8
 language plpgsql volatile security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off set enable_bitmapscan = off set plan_cache_mode = force_generic_plan set jit = off as $$
@@ -134,17 +144,20 @@ declare
   v_delay float8;
   v_stops boolean;
   v_is_halved boolean;
+  v_pids      int[];
   v_waiting   int[];
   v_locked    int[];
   v_skipped   int[];
 begin
   select * into strict v_scope from etl.run_scopes s
    where s.run_id = _record_failure.run_id and s.scope_index = _record_failure.scope_index;
-  -- A session ends its own scope, or one whose session is gone.
-  if exists (select from (select p.worker_pid from etl.procedure_runs p where p.run_id = v_scope.run_id and p.scope_index = v_scope.scope_index and p.status = 'running'
-                          union select m.worker_pid from etl.mv_refreshes m where m.run_id = v_scope.run_id and m.scope_index = v_scope.scope_index and m.status = 'running') w
-              where w.worker_pid <> pg_backend_pid() and w.worker_pid = any (etl._living_workers(v_run))) then
+  -- A session ends its own scope, or one whose session is gone: of that, all that is known is that it is gone, whoever says otherwise.
+  v_pids := array(select p.worker_pid from etl.procedure_runs p where p.run_id = v_scope.run_id and p.scope_index = v_scope.scope_index and p.status = 'running'
+                  union select m.worker_pid from etl.mv_refreshes m where m.run_id = v_scope.run_id and m.scope_index = v_scope.scope_index and m.status = 'running');
+  if v_pids = '{}' or v_pids <> array[pg_backend_pid()] and v_pids && array_remove(etl._living_workers(v_run), pg_backend_pid()) then
     perform etl._fail_not_owned(run_id);
+  elsif v_pids <> array[pg_backend_pid()] then
+    failure := etl._loss_of(v_pids[1]);
   end if;
   -- Whoever cancelled the step holds its rows until what it has noted can be seen.
   if failure->>'class' = 'cancelled' then

@@ -48,9 +48,9 @@ end $$;
 comment on function etl._slice_end(etl.procedures, text, text, numeric) is 'Exclusive end of the next slice of a window that ends at goal.';
 revoke all on function etl._slice_end(etl.procedures, text, text, numeric) from public;
 
--- After a committed slice, or after one that ran out of a resource: the next attempt of the step.
+-- After a committed slice, or after one that ran out of a resource: the next attempt of the step. By index, as in etl._advance_watermark.
 create or replace function etl._add_slice(step etl.procedure_runs, since text, slice_index int) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
 begin
   insert into etl.procedure_runs (run_id, order_index, attempt, scope_index, procedure_id, procedure_name, procedure_type, group_name, mode,
     tx_scope, isolation, parameters, dependencies, statement, rows_column, lock_key, settings, watermark_strategy, state_key, window_since,

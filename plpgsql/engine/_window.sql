@@ -194,9 +194,10 @@ comment on function etl._note_bound(etl.procedure_runs, text, jsonb) is
   'Notes when what was safe to read, for as_of; and, for ids, which writers have to end before more of it is.';
 revoke all on function etl._note_bound(etl.procedure_runs, text, jsonb) from public;
 
--- Moves the watermark in the transaction that wrote the data. It must still stand where the window began.
+-- Moves the watermark in the transaction that wrote the data. It must still stand where the window began. By index even in a tiny
+-- table: a sequential scan would make serializable scopes that run side by side fail each other.
 create or replace function etl._advance_watermark(step etl.procedure_runs, row_count bigint) returns void
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off as $$
 declare
   v_state etl.state;
 begin

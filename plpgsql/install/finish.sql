@@ -35,6 +35,9 @@ end $$;
 
 do $$ begin perform etl._count_history(); end $$;
 
+-- So that no step, and no run that ends, has to make a table while it holds locks that others wait for.
+do $$ begin perform etl._make_log_partition(clock_timestamp(), true), etl._make_log_partition(clock_timestamp() + interval '1 month', true); end $$;
+
 -- The door to history: these two may delete what has ended, as a role that can do nothing else and that nobody can be.
 grant usage, create on schema etl to etl_retention;
 grant select, delete on etl.runs, etl.run_scopes, etl.run_workers, etl.procedure_runs, etl.mv_refreshes, etl.state_history to etl_retention;

@@ -18,6 +18,24 @@ comment on function etl._read_source(text, text, text) is 'The value that a quer
 revoke all on function etl._read_source(text, text, text) from public;
 grant execute on function etl._read_source(text, text, text) to etl_engine;
 
+-- A cursor is for one statement: where there are several, none of them is executed. It shows the plan, and reads nothing.
+create or replace function etl._check_source(query text) returns void
+language plpgsql volatile security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_plan refcursor;
+begin
+  if current_user operator(pg_catalog.<>) 'etl_owner' then perform etl._fail_altered('etl._check_source'); end if;
+  begin
+    perform set_config('transaction_read_only', 'on', true);
+    open v_plan for execute 'explain ' || query;
+    close v_plan;
+  exception when assert_failure then raise;
+  end;
+end $$;
+comment on function etl._check_source(text) is 'Raises what the server has to say against a text that is not one complete query which etl_owner may execute.';
+revoke all on function etl._check_source(text) from public;
+grant execute on function etl._check_source(text) to etl_engine;
+
 -- The server looks names up with the rights of whoever asks.
 create or replace function etl._find_routine(signature text) returns oid
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$

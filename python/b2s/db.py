@@ -58,7 +58,11 @@ def opened(dsn: str) -> Connection:
     parameters = parameters_of(dsn)
     parameters.setdefault("application_name", "b2s")
     parameters.setdefault("connect_timeout", "10")
+    # Nothing is prepared: a routine of the team could put a statement of its own in the place of one that
+    # this login executes again.
     try:
-        return psycopg.connect(conninfo.make_conninfo("", **parameters), autocommit=True)
+        return psycopg.connect(
+            conninfo.make_conninfo("", **parameters), autocommit=True, prepare_threshold=None
+        )
     except psycopg.Error as error:
         raise DatabaseError.of(error) from error

@@ -66,8 +66,8 @@ def execute(arguments: argparse.Namespace) -> int:
         is_same = not plan.changes and not plan.drift and plan.version is not None
         applied = plan if is_look or is_same else apply_config(connection, loaded, plan)
         if not is_look:
-            _store_lineage(connection, loaded.config.pipeline)
             jobs.apply()
+            _store_lineage(connection, loaded.config.pipeline)
     is_changed = bool(plan.changes or plan.drift or jobs.changes)
     if arguments.json:
         print_json({**_document(applied), **jobs.document(), "is_applied": not is_look and is_changed})

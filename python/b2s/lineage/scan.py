@@ -15,13 +15,17 @@ from b2s.lint.project import Project, Step
 from b2s.lint.sources import Source
 
 _PROCEDURES: Final = """
-select p.name, to_regprocedure(p.routine_signature)::oid::int8,
+select p.name, (select r.oid::int8 from pg_catalog.pg_proc r
+                 where r.proname = (parse_ident(p.routine_signature, false))[2]
+                   and r.oid::regprocedure::text = p.routine_signature),
        s.definition is not distinct from etl._definition(p)
   from etl.procedures p
   join etl.pipelines l using (pipeline_id)
   left join etl.lineage_scans s on s.procedure_id = p.procedure_id and s.source = 'static'
  where p.is_active and l.name = %s
  order by p.name"""
+_AS_STORED: Final = "set local search_path = pg_catalog, pg_temp; set local quote_all_identifiers = off"
+"""So that signatures are written as in `etl.procedures`: to look one up takes a right on its schema."""
 _SEARCH_PATH: Final = "select l.search_path from etl.pipelines l where l.name = %s"
 _NAMES: Final = """
 select p.oid::int8, n.nspname || '.' || p.proname
@@ -70,7 +74,9 @@ class _Library:
 
 def scan(connection: Connection, pipeline: str, *, only_changed: bool = False) -> Scan:
     """Parses the routines of a pipeline; only_changed: those that are not as they were when last scanned."""
-    procedures = connection.execute(_PROCEDURES, [pipeline]).fetchall()
+    with connection.transaction():
+        connection.execute(_AS_STORED)
+        procedures = connection.execute(_PROCEDURES, [pipeline]).fetchall()
     wanted = [(name, oid) for name, oid, is_known in procedures if not (only_changed and is_known)]
     if not wanted:
         return Scan({}, 0)
