@@ -24,7 +24,7 @@ begin
   if wants_helpers then v_has_helpers := etl._open_helpers(run_id); end if;
   loop
     v_next := etl._claim(run_id, v_result, pg_catalog.cardinality(v_next.required_by) + pg_catalog.cardinality(v_next.precedes) > 0);
-    perform pg_catalog.set_config('search_path', v_path, false);
+    v_path := pg_catalog.set_config('search_path', v_path, false);
     v_is_held := etl._hold(lock_key);
     if v_next.scope_index is null then
       commit; v_is_held := pg_catalog.pg_advisory_unlock_shared(6435444, lock_key);
@@ -47,7 +47,7 @@ begin
         v_done := etl._execute_scope(run_id, v_next.first_order_index, v_next.last_order_index, v_seen);
         v_result := v_done.result; v_seen := v_done.seen;
       end if;
-      perform pg_catalog.set_config('search_path', v_path, false);
+      v_path := pg_catalog.set_config('search_path', v_path, false);
       v_is_held := etl._hold(lock_key);
       if pg_catalog.jsonb_exists(v_result, 'failure') then
         rollback; set transaction isolation level read committed, read write; v_is_held := etl._rehold(lock_key);

@@ -9,22 +9,31 @@
 -- Scopes that ended free those that wait for them, once: one that is passed has done so. Whoever ended a scope releases it; for
 -- a session that died before it could, another one does (etl._recover_lost_scope). One statement, whose index scan takes the rows
 -- in ascending order, so that sessions cannot wait for each other in a circle.
-create or replace function etl._release(run_id bigint, scopes int[]) returns void
+create or replace function etl._release(run_id bigint, scopes int[]) returns boolean
 language plpgsql volatile as $$
 declare
   v_freed int[];
 begin
+  if cardinality(scopes) = 1 then
+    update etl.run_scopes s
+       set remaining_dependencies = s.remaining_dependencies - coalesce(cardinality(array_positions(e.required_by || e.precedes, s.scope_index)), 0),
+           is_passed = s.is_passed or s.scope_index = e.scope_index
+      from etl.run_scopes e
+     where e.run_id = _release.run_id and e.scope_index = scopes[1] and not e.is_passed
+       and s.run_id = e.run_id and s.scope_index = any (e.required_by || e.precedes || e.scope_index);
+    return found;
+  end if;
   select array_agg(f.scope_index) into v_freed
     from etl.run_scopes s cross join lateral unnest(s.required_by || s.precedes) f(scope_index)
    where s.run_id = _release.run_id and s.scope_index = any (scopes) and not s.is_passed;
-  if v_freed is not null then
-    update etl.run_scopes s
-       set remaining_dependencies = s.remaining_dependencies - coalesce(cardinality(array_positions(v_freed, s.scope_index)), 0),
-           is_passed = s.is_passed or s.scope_index = any (scopes)
-     where s.run_id = _release.run_id and s.scope_index = any (v_freed || scopes);
-  end if;
+  if v_freed is null then return false; end if;
+  update etl.run_scopes s
+     set remaining_dependencies = s.remaining_dependencies - coalesce(cardinality(array_positions(v_freed, s.scope_index)), 0),
+         is_passed = s.is_passed or s.scope_index = any (scopes)
+   where s.run_id = _release.run_id and s.scope_index = any (v_freed || scopes);
+  return true;
 end $$;
-comment on function etl._release(bigint, int[]) is 'Counts ended scopes down in the scopes that wait for them.';
+comment on function etl._release(bigint, int[]) is 'Counts ended scopes down in the scopes that wait for them; false when nothing did.';
 revoke all on function etl._release(bigint, int[]) from public;
 
 -- Ends scopes that will not run: their steps and refreshes are skipped. The caller frees what waits for those that are returned;
@@ -338,6 +347,8 @@ declare
   v_is_idle boolean := done is null;
   v_is_skipped boolean;
   v_scope   etl.run_scopes;
+  v_event   jsonb;
+  v_is_set  boolean;
   v_is_worker boolean;
 begin
   select r as run, exists (select from etl.run_workers w where w.run_id = r.run_id) as is_shared into v_found from etl.runs r where r.run_id = _claim.run_id;
@@ -345,15 +356,16 @@ begin
   v_is_worker := coalesce(etl._is_owner(v_run), false) or coalesce(v_found.is_shared, false) and etl._is_helper(v_run);
   if not v_is_worker and not (v_run.ended_at is not null and etl._has_worked(v_run)) then perform etl._fail_not_owned(run_id); end if;
   for i in 0 .. coalesce(jsonb_array_length(done->'events'), 0) - 1 loop
-    perform etl._announce(done->'events'->i);
-    if done->'events'->i ? 'relations' then perform etl._record_observation(run_id, done->'events'->i); end if;
+    v_event := done->'events'->i;
+    v_is_set := etl._announce(v_event);
+    if v_event ? 'relations' then perform etl._record_observation(run_id, v_event); end if;
   end loop;
   -- Lines from blocks of routines that were rolled back and caught; here because another session has ended the run, else at the end.
   if not v_is_worker then
     perform etl._keep_logs(run_id);
     return null;
   end if;
-  if is_awaited and v_is_over then perform etl._release(run_id, array[v_ended]); end if;
+  if is_awaited and v_is_over then v_is_set := etl._release(run_id, array[v_ended]); end if;
   if v_run.kind = 'backfill' and v_ended - v_run.counted_until >= 100 then perform etl._count_chunks(v_run, v_ended); end if;
   if v_run.cancel_requested_at is not null then
     v_is_skipped := etl._cancel_pending(run_id);
@@ -370,7 +382,7 @@ begin
   if v_scope.scope_index is null or not etl._take_scope(v_run, v_scope) then v_scope := etl._take_next(v_run, v_ended); end if;
   if v_scope.scope_index is null then v_scope := etl._end_or_wait(v_run, v_is_idle); end if;
   if v_scope.scope_index is not null then
-    perform set_config('synchronous_commit', 'off', true);
+    v_is_set := set_config('synchronous_commit', 'off', true) is not null;
   else
     perform etl._keep_logs(run_id);
   end if;

@@ -62,8 +62,9 @@ begin
     i := pg_stat_get_xact_tuples_inserted(v_table); u := pg_stat_get_xact_tuples_updated(v_table); d := pg_stat_get_xact_tuples_deleted(v_table);
     if v_at is null and i + u + d > 0 or i <> seen[v_at + 1] or u <> seen[v_at + 2] or d <> seen[v_at + 3] then
       -- Not the engine's own tables, nor temporary ones, nor one that the step itself has dropped.
-      v_name := (select format('%I.%I', s.nspname, c.relname) from pg_catalog.pg_class c join pg_catalog.pg_namespace s on s.oid = c.relnamespace
-                  where c.oid = v_table and c.relkind = 'r' and c.relpersistence <> 't' and s.nspname <> 'etl');
+      if v_is_few then v_name := nullif(v_table::regclass::text, v_table::text);
+      else v_name := (select format('%I.%I', s.nspname, c.relname) from pg_catalog.pg_class c join pg_catalog.pg_namespace s on s.oid = c.relnamespace
+                  where c.oid = v_table and c.relkind = 'r' and c.relpersistence <> 't' and s.nspname <> 'etl'); end if;
       if v_at is null then
         v_at := cardinality(seen) + 1;
         seen := seen || array[-v_table::bigint, 0, 0, 0];

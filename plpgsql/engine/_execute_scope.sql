@@ -89,6 +89,7 @@ create or replace function etl._execute_step(step etl.procedure_runs, is_later b
 language plpgsql volatile as $$
 declare
   v_started_at timestamptz := clock_timestamp();
+  v_set        text;
   v_called     record;
   v_rows       bigint;
   v_unmet      jsonb;
@@ -101,7 +102,7 @@ begin
   end if;
   -- A backfill of the same procedure must not read a row, wait for us to write its newer version, and write the older one over it.
   if step.window_until is not null then perform pg_advisory_xact_lock(6435445, step.procedure_id); end if;
-  perform set_config('b2s.step', concat_ws(' ', step.run_id, step.order_index, step.attempt, step.procedure_name), true);
+  v_set := set_config('b2s.step', concat_ws(' ', step.run_id, step.order_index, step.attempt, step.procedure_name), true);
   if step.settings ? 'observe' and is_later then v_relations := etl._lock_marks(); end if;
   v_called := etl._call_routine(step, is_last);
   v_counts := etl._count_changes(seen, first_seen);
@@ -168,13 +169,14 @@ declare
   v_step    etl.procedure_runs;
   v_done    record;
   v_first   bigint[] := seen;
+  v_set     text;
   v_events  jsonb := '[]';
   v_sqlstate text; v_message text; v_detail text; v_hint text; v_context text;
 begin
   -- They are claimed by a backend of this number; that it is this very session, the run lock tells.
   if v_steps = '{}' or not pg_try_advisory_xact_lock_shared(6435444, v_steps[1].lock_key) then perform etl._fail_not_owned(run_id); end if;
   if pg_current_xact_id_if_assigned() is not null and not coalesce(v_steps[1].settings ? 'is_rehearsed', false) then perform etl._check_nothing_deferred('etl.start_run'); end if;
-  perform set_config('application_name', format('b2s run %s %s', run_id, v_steps[1].procedure_name), true);
+  v_set := set_config('application_name', format('b2s run %s %s', run_id, v_steps[1].procedure_name), true);
   begin
     if pg_my_temp_schema() <> 0 then perform etl._check_temporary_objects(); end if;
     foreach v_step in array v_steps loop

@@ -236,7 +236,7 @@ begin
   for v_routine in
     select p.oid::regprocedure as signature
       from pg_catalog.pg_proc p
-     where p.pronamespace = 'etl'::regnamespace and p.proname in ('_announce', '_begin_run', '_change_baseline', '_safe_timestamp', '_await_margin')
+     where p.pronamespace = 'etl'::regnamespace and p.proname in ('_begin_run', '_change_baseline', '_release', '_safe_timestamp', '_await_margin')
        and (select version from etl.installation) <> current_setting('b2s.version')
   loop
     execute format('drop function %s', v_routine.signature);

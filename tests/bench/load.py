@@ -188,7 +188,9 @@ def dbt_of(given: str | None, folder: Path) -> str:
         return given
     venv.create(folder / "venv", with_pip=True)
     program = folder / "venv" / "bin"
-    install = [str(program / "python"), "-m", "pip", "install", "--quiet", "dbt-postgres", "dbt-core"]
+    # The last of dbt that comes from the package index alone.
+    dbt = ["dbt-core<1.11", "dbt-postgres<1.10"]
+    install = [str(program / "python"), "-m", "pip", "install", "--quiet", *dbt]
     subprocess.run(install, check=True)
     return str(program / "dbt")
 

@@ -121,7 +121,7 @@ def spread(values: Sequence[float]) -> str:
 
 def pairs(dsn: str, turns: int) -> bool:
     """Two workers against two sessions of psql."""
-    body = f"n := ({COMPUTE.format(rows=400_000)})"
+    body = f"n := ({COMPUTE.format(rows=1_600_000)})"
     with psycopg.connect(dsn, autocommit=True) as conn:
         build(conn, "compute", [body] * 8, [[]] * 8)
     halves = ["".join(f"select compute.step_{step:05}();\n" for step in range(n, 8, 2)) for n in range(2)]
@@ -138,7 +138,8 @@ def pairs(dsn: str, turns: int) -> bool:
 def skewed(dsn: str, turns: int) -> bool:
     """Two workers against the best that two sessions of psql can do; the first run tells b2s what is long."""
     body = "n := ({0})"
-    bodies = [body.format(COMPUTE.format(rows=200_000))] * 8 + [body.format(COMPUTE.format(rows=400_000))] * 4
+    short, long_ = (body.format(COMPUTE.format(rows=rows)) for rows in (800_000, 1_600_000))
+    bodies = [short] * 8 + [long_] * 4
     with psycopg.connect(dsn, autocommit=True) as conn:
         build(conn, "skewed", bodies, [[]] * 9 + [[8], [9], [10]])
     halves = ["".join(f"select skewed.step_{n:05}();\n" for n in half) for half in (range(8), range(8, 12))]
