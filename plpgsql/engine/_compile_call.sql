@@ -59,9 +59,10 @@ end $$;
 comment on function etl._resolve_routine(text) is 'The oid of the routine that a configured name means, or a message and a hint.';
 revoke all on function etl._resolve_routine(text) from public;
 
+-- With the search_path of its callers, so that the planner inlines it there.
 create or replace function etl._routine_arguments(routine oid)
 returns table (ordinal int, name text, is_input boolean, is_output boolean, type text, type_oid oid, default_sql text)
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language sql stable as $$
   select a.ord::int, coalesce(a.name, ''), coalesce(a.mode, 'i') in ('i', 'b', 'v'), coalesce(a.mode, 'i') in ('o', 'b', 't'),
          format_type(a.typ, null), a.typ, pg_get_function_arg_default(p.oid, a.ord::int)
     from pg_catalog.pg_proc p,
