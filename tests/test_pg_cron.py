@@ -62,7 +62,8 @@ def test_pg_cron_fires_a_schedule_and_does_not_stack_a_long_run(clockwork: Pipel
         assert outcome_of_second == "skipped"
         assert reason is not None
         assert reason.startswith("run ")
-        assert reason.endswith(" is active")
+        # Two clocks that tick at once may share what is due, and the run of the other one be the first.
+        assert reason.endswith((" is active", " is still queued"))
         assert clockwork.value("select count(*) from etl.runs where status = 'running'") == 1
         gate.open()
     ended = "select count(*) >= 2 from etl.runs where status = 'succeeded'"
