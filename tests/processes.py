@@ -63,7 +63,7 @@ class Command:
     def end(self) -> int:
         """Wait for its end; the exit code."""
         code = self._process.wait(SECONDS)
-        assert "Traceback" not in self.err
+        assert "Traceback" not in self.err, self.err
         return code
 
     def close(self) -> None:

@@ -52,7 +52,12 @@ def serve(
     def note(number: int, frame: FrameType | None) -> None:
         stopped_by.append(number)
 
+    def on_loop_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # A client that connects just as the listening socket is closed, say: asyncio prints a traceback then.
+        log.warning("connection_lost", error_message=context["message"], error=repr(context.get("exception")))
+
     async def run() -> bool:
+        asyncio.get_running_loop().set_exception_handler(on_loop_error)
         api = Api(Database(dsn, limits), keys, rules, limits)
         config = uvicorn.Config(
             application(api, log),
