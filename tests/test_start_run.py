@@ -493,6 +493,17 @@ def test_temporary_tables_are_not_counted(tables: Pipeline) -> None:
     assert tables.step(tables.start().run_id, "load")["table_counts"] == {"silver.u": counts(2)}
 
 
+def test_what_holds_the_long_values_of_a_table_is_not_counted_beside_it(tables: Pipeline) -> None:
+    """Nor after a step that had a temporary table, when all locks are looked at."""
+    tables.sql("create table silver.w (word text); alter table silver.w alter word set storage external")
+    long = "insert into silver.w values (repeat('x', 10000))"
+    tables.add("a", f"create temp table scratch (id int) on commit drop; {long}")
+    tables.add("b", long, dependencies=["a"])
+    tables.apply()
+    steps = tables.steps(tables.start().run_id)
+    assert [step["table_counts"] for step in steps] == [{"silver.w": counts(1)}] * 2
+
+
 def test_rows_of_a_partitioned_table_are_counted_by_partition(tables: Pipeline) -> None:
     tables.sql(
         "create table silver.p (id int) partition by range (id);"

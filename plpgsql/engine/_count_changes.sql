@@ -46,41 +46,35 @@ declare
   v_tables oid[];
   v_table  oid;
   v_name   text;
-  v_at     int := 2;
+  v_at     int;
+  v_first  int;
   i bigint; u bigint; d bigint;
   v_before bigint[];
 begin
   changes := '{}';
   if not v_is_few then v_tables := etl._written_tables(); end if;
   for n in 1 .. case when v_is_few then (cardinality(seen) - 1) / 4 else cardinality(v_tables) end loop
-    if v_is_few then
-      v_table := -seen[v_at];
-    else
-      v_table := v_tables[n];
-      v_at := array_position(seen, -v_table::bigint);
-    end if;
+    v_table := case when v_is_few then -seen[4 * n - 2] else v_tables[n] end;
+    v_at := case when v_is_few then 4 * n - 2 else array_position(seen, -v_table::bigint) end;
     i := pg_stat_get_xact_tuples_inserted(v_table); u := pg_stat_get_xact_tuples_updated(v_table); d := pg_stat_get_xact_tuples_deleted(v_table);
-    if v_at is null and i + u + d > 0 or i <> seen[v_at + 1] or u <> seen[v_at + 2] or d <> seen[v_at + 3] then
-      -- Not the engine's own tables, nor temporary ones, nor one that the step itself has dropped.
-      if v_is_few then v_name := nullif(v_table::regclass::text, v_table::text);
-      else v_name := (select format('%I.%I', s.nspname, c.relname) from pg_catalog.pg_class c join pg_catalog.pg_namespace s on s.oid = c.relnamespace
-                  where c.oid = v_table and c.relkind = 'r' and c.relpersistence <> 't' and s.nspname <> 'etl'); end if;
-      if v_at is null then
-        v_at := cardinality(seen) + 1;
-        seen := seen || array[-v_table::bigint, 0, 0, 0];
-      end if;
-      v_before := array[seen[v_at + 1], seen[v_at + 2], seen[v_at + 3]];
-      if i < v_before[1] or u < v_before[2] or d < v_before[3] then
-        v_at := array_position(first, -v_table::bigint);
-        v_before := case when v_at is null then '{0,0,0}' else array[first[v_at + 1], first[v_at + 2], first[v_at + 3]] end;
-        v_at := array_position(seen, -v_table::bigint);
-      end if;
-      seen[v_at + 1] := i; seen[v_at + 2] := u; seen[v_at + 3] := d;
-      if v_name is not null then
-        changes := changes || jsonb_build_object(v_name, jsonb_build_object('inserted', i - v_before[1], 'updated', u - v_before[2], 'deleted', d - v_before[3]));
-      end if;
+    continue when i = coalesce(seen[v_at + 1], 0) and u = coalesce(seen[v_at + 2], 0) and d = coalesce(seen[v_at + 3], 0);
+    -- What was seen before is a table whose changes count, unless the step has dropped it. Of what was not, the engine's own tables do not
+    -- count, nor temporary ones, nor what is no table, and are not kept.
+    if v_is_few then v_name := nullif(v_table::regclass::text, v_table::text);
+    else v_name := (select format('%I.%I', s.nspname, c.relname) from pg_catalog.pg_class c join pg_catalog.pg_namespace s on s.oid = c.relnamespace
+                     where c.oid = v_table and c.relkind = 'r' and c.relpersistence <> 't' and s.nspname <> 'etl'); end if;
+    continue when v_name is null;
+    if v_at is null then
+      v_at := cardinality(seen) + 1;
+      seen := seen || array[-v_table::bigint, 0, 0, 0];
     end if;
-    v_at := v_at + 4;
+    v_before := seen[v_at + 1:v_at + 3];
+    if i < v_before[1] or u < v_before[2] or d < v_before[3] then
+      v_first := array_position(first, -v_table::bigint);
+      v_before := coalesce(first[v_first + 1:v_first + 3], '{0,0,0}');
+    end if;
+    seen[v_at + 1] := i; seen[v_at + 2] := u; seen[v_at + 3] := d;
+    changes := changes || jsonb_build_object(v_name, jsonb_build_object('inserted', i - v_before[1], 'updated', u - v_before[2], 'deleted', d - v_before[3]));
   end loop;
 end $$;
 comment on function etl._count_changes(bigint[], bigint[]) is 'Rows inserted, updated and deleted per table since the counters given; and the counters now.';
