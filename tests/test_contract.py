@@ -527,9 +527,10 @@ def test_a_source_that_is_empty_proves_little(pipeline: Pipeline) -> None:
     assert statuses(found)["splits"] == statuses(found)["boundary"] == "skipped"
 
 
-def test_a_source_that_is_a_query_cannot_be_cut(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("end", ["", " -- the newest"])
+def test_a_source_that_is_a_query_cannot_be_cut(pipeline: Pipeline, end: str) -> None:
     pipeline.add("load", UPSERT.format(INSIDE), arguments=WINDOW,
-                 watermark=by() | {"source": ["select max(e.at) from bronze.events e"]})  # fmt: skip
+                 watermark=by() | {"source": [f"select max(e.at) from bronze.events e{end}"]})  # fmt: skip
     pipeline.apply()
     found = findings(pipeline)
     assert statuses(found) == {

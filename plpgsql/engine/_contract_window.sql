@@ -105,7 +105,7 @@ begin
   since := etl._contract_given_bound(v_strategy, 'since', since);
   until := etl._contract_given_bound(v_strategy, 'until', until);
   if contract->'sources' = '[]' then
-    if until is null then execute format('select to_jsonb(q.v) #>> ''{}'' from (%s) q(v)', contract->>'query') into v_newest; end if;
+    if until is null then execute etl._query_value_sql(contract->>'query') into v_newest; end if;
   elsif until is null or since is null then
     v_newest := etl._contract_newest(contract);
     if since is null and until is null then since := etl._contract_bound(v_strategy, etl._contract_newest(contract, 9999)); end if;

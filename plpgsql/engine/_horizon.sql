@@ -218,11 +218,19 @@ comment on function etl._feeding_sequences(oid[], text) is
   'The sequences that make the values of a column, or of any: those it owns, and those its default names.';
 revoke all on function etl._feeding_sequences(oid[], text) from public;
 
+-- A line of its own for what follows: the query may end with a comment.
+create or replace function etl._query_value_sql(query text) returns text
+language sql immutable
+return format(E'select to_jsonb(q.value) #>> ''{}'' from (%s\n) q(value)', query);
+comment on function etl._query_value_sql(text) is 'The statement that reads the value of a query that is the source of a watermark, as text.';
+revoke all on function etl._query_value_sql(text) from public;
+grant execute on function etl._query_value_sql(text) to etl_owner;
+
 -- The newest value there is. User's tables are read with the planner's own settings, which etl._claim narrows.
 create or replace function etl._newest(sources text[]) returns text
 language plpgsql volatile set search_path = pg_catalog, pg_temp set enable_seqscan = on set enable_bitmapscan = on set enable_sort = on as $$
 begin
-  if etl._is_query(sources) then return etl._read_source(format(E'select to_jsonb(q.value) #>> ''{}'' from (%s\n) q(value)', sources[1])); end if;
+  if etl._is_query(sources) then return etl._read_source(etl._query_value_sql(sources[1])); end if;
   return etl._read_source((
     select format('select max(q.value) from (%s) q', string_agg(format('select max(%I)::bigint as value from %I.%I', i[3], i[1], i[2]), ' union all '))
       from (select parse_ident(s) from unnest(sources) s) p(i)));
