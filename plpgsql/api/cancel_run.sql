@@ -13,7 +13,7 @@ begin
   if v_run.run_id is null then
     perform etl._fail('PT404', 'run.unknown', format('there is no run %s', run_id), 'which there are: select * from etl.run_history');
   -- A subject that a front end names may have the name of a role.
-  elsif (v_run.requested_by <> etl._requester() or (v_run.subject is null) <> (etl._subject() is null)) and not pg_has_role(etl._requesting_role(), 'etl_admin', 'usage') then
+  elsif (v_run.requested_by <> etl._requester() or (v_run.subject is null) <> (etl._subject() is null)) and not etl._is_admin(etl._requesting_role()) then
     perform etl._fail('PT403', 'run.not_yours', format('run %s was requested by %s; %s may cancel its own runs only', run_id, v_run.requested_by, etl._requester()),
       'ask whoever requested it, or a member of etl_admin');
   elsif v_run.ended_at is not null then

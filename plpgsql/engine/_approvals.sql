@@ -43,7 +43,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   select a.approved_by from line join etl.approvals a using (run_id)
    where a.person <> _approver.person and a.fingerprint = run.fingerprint
      and coalesce(a.approved_by = run.request->>'approved_by', true)
-     and pg_has_role(to_regrole(quote_ident(a.approver_role))::oid, 'etl_admin', 'usage')
+     and etl._is_admin(a.approver_role)
    order by a.approval_id desc limit 1
 $$;
 comment on function etl._approver(etl.runs, text) is

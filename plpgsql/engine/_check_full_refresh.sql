@@ -23,7 +23,7 @@ begin
         'message', format('full refresh is not allowed for %s', array_to_string(v_forbidden, ', ')),
         'hint', 'select other procedures, or set allow_full_refresh: true for them and run b2s sync-config', 'procedures', to_jsonb(v_forbidden));
     end if;
-    if pg_has_role(to_regrole(quote_ident(requester))::oid, 'etl_admin', 'usage') is not true then
+    if not etl._is_admin(requester) then
       v_problems := v_problems || jsonb_build_object('code', 'full_refresh.not_admin',
         'message', format('%s may not start a full refresh', requester),
         'hint', format('ask a member of etl_admin, or: grant etl_admin to %I', requester));

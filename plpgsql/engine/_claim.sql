@@ -14,15 +14,6 @@ language plpgsql volatile as $$
 declare
   v_freed int[];
 begin
-  if cardinality(scopes) = 1 then
-    update etl.run_scopes s
-       set remaining_dependencies = s.remaining_dependencies - coalesce(cardinality(array_positions(e.required_by || e.precedes, s.scope_index)), 0),
-           is_passed = s.is_passed or s.scope_index = e.scope_index
-      from etl.run_scopes e
-     where e.run_id = _release.run_id and e.scope_index = scopes[1] and not e.is_passed
-       and s.run_id = e.run_id and s.scope_index = any (e.required_by || e.precedes || e.scope_index);
-    return found;
-  end if;
   select array_agg(f.scope_index) into v_freed
     from etl.run_scopes s cross join lateral unnest(s.required_by || s.precedes) f(scope_index)
    where s.run_id = _release.run_id and s.scope_index = any (scopes) and not s.is_passed;
@@ -269,7 +260,7 @@ $$;
 comment on function etl._is_running(bigint, int) is 'Whether a scope has been taken and not ended.';
 revoke all on function etl._is_running(bigint, int) from public;
 
--- What was running is recorded like any error that can pass by itself, so that it is tried again. One scope at a time, each in a
+-- What was running is recorded as lost, so that it is tried again. One scope at a time, each in a
 -- transaction that locks no other scopes before: or sessions could wait for each other in a circle.
 create or replace function etl._recover_lost_scope(run etl.runs) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -283,9 +274,7 @@ begin
     perform etl._release(run.run_id, array[v_lost.scope_index]);
   -- What a dead session did is final now: it may have ended the scope after it was seen at work.
   elsif etl._is_running(run.run_id, v_lost.scope_index) then
-    perform etl._record_failure(run.run_id, v_lost.scope_index, jsonb_build_object('class', 'transient', 'code', 'worker.lost', 'sqlstate', '57P01',
-      'message', format('the session that executed the step (backend %s) is gone', v_lost.worker_pid),
-      'hint', 'nothing of the step was kept; another session tries it again'));
+    perform etl._record_failure(run.run_id, v_lost.scope_index, etl._loss_of(v_lost.worker_pid));
   end if;
   return true;
 end $$;

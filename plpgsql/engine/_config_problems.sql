@@ -126,7 +126,7 @@ begin
     message := 'the xid strategy reads columns, a query has no meaning for it';
     return;
   end if;
-  if not pg_has_role(etl._requesting_role(), 'etl_admin', 'usage') then return; end if;
+  if not etl._is_admin(etl._requesting_role()) then return; end if;
   perform etl._check_source(watermark#>>'{source,0}');
   v_type := etl._read_source(format(E'select format_type(pg_typeof(q.value), null) from (select) r left join lateral (%s\n) q(value) on false', watermark#>>'{source,0}'));
   if v_type <> all (v_types) then

@@ -28,7 +28,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
                                     s.name, to_char(s.next_at, 'YYYY-MM-DD HH24:MI OF'), (b.clock).session_user_name),
          format('grant etl_admin to %I, or let a member of etl_admin be the clock', (b.clock).session_user_name)
     from beat b join etl.schedules s on s.is_active and s.definition->>'mode' = 'full' and s.next_at < clock_timestamp() - interval '3 minutes'
-   where (b.clock).beat_at > s.next_at and pg_has_role(to_regrole(quote_ident((b.clock).session_user_name))::oid, 'etl_admin', 'usage') is not true
+   where (b.clock).beat_at > s.next_at and not etl._is_admin((b.clock).session_user_name)
   union all
   select 'queue', 'warn', format('run %s of %s has waited since %s and no run is active', r.run_id, l.name, to_char(r.submitted_at, 'YYYY-MM-DD HH24:MI OF')),
          'b2s worker executes what is queued; or a worker job of pg_cron: b2s sync-config'

@@ -8,6 +8,12 @@ comment on function etl._requesting_role() is 'The role whose rights a request h
 revoke all on function etl._requesting_role() from public;
 grant execute on function etl._requesting_role() to etl_reader;
 
+create or replace function etl._is_admin(role text) returns boolean
+language sql stable
+return coalesce(pg_has_role(to_regrole(quote_ident(role))::oid, 'etl_admin', 'usage'), false);
+comment on function etl._is_admin(text) is 'Whether a role has the rights of etl_admin; false for one that is no more.';
+revoke all on function etl._is_admin(text) from public;
+
 -- Any session can set request.jwt.claims; only from a login that was granted etl_frontend, itself and not by way of another role, do they
 -- say who asks.
 create or replace function etl._is_front_end() returns boolean

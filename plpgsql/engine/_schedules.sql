@@ -161,7 +161,7 @@ revoke all on function etl._warn_of_full_schedules(timestamptz, text) from publi
 create or replace function etl._fire_schedules(as_of timestamptz) returns setof etl.schedule_slots
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-  v_is_admin boolean := pg_has_role(to_regrole(quote_ident(etl._requesting_role()))::oid, 'etl_admin', 'usage') is true;
+  v_is_admin boolean := etl._is_admin(etl._requesting_role());
   v_schedule etl.schedules;
   v_slot     etl.schedule_slots;
 begin
