@@ -45,12 +45,6 @@ TABLES: Final = (
 
 
 @pytest.fixture
-def cli(shell: Shell) -> Shell:
-    """`b2s` in an empty folder; what it prints, stderr included."""
-    return shell
-
-
-@pytest.fixture
 def warehouse(db: Database) -> Connection:
     """The warehouse with rows in Bronze."""
     connection = db.connect()
@@ -91,43 +85,43 @@ def test_the_warehouse_has_thirty_routines() -> None:
 
 
 def test_what_is_imported_runs_as_it_is_and_does_what_was_done_by_hand(
-    warehouse: Connection, server: Server, template: str, cli: Shell
+    warehouse: Connection, server: Server, template: str, shell: Shell
 ) -> None:
-    cli("import", *SCHEMAS)
+    shell("import", *SCHEMAS)
     warehouse.execute(blocks("sql")[0].encode())
-    assert cli("sync-config").endswith("applied as version 1\n")
+    assert shell("sync-config").endswith("applied as version 1\n")
     by_hand = server.create_database(template=template)
     try:
         hand = by_hand.connect()
         hand.execute(WAREHOUSE.encode())
         hand.execute(ROWS.encode())
         for _ in range(2):
-            assert "succeeded" in cli("run")
+            assert "succeeded" in shell("run")
             hand.execute("call silver.load_everything()")
             assert contents(warehouse, TABLES) == contents(hand, TABLES)
     finally:
         by_hand.drop()
-    assert cli("doctor").count("fail") == 0
+    assert shell("doctor").count("fail") == 0
     views = warehouse.execute("select count(*) from mart.mv_sales").fetchone()
     assert views == (2,)
     sessions = warehouse.execute("select clicks from silver.sessions").fetchall()
     assert sessions == [(2,)]
 
 
-def test_a_second_run_is_clean_of_undeclared_reads(warehouse: Connection, cli: Shell) -> None:
+def test_a_second_run_is_clean_of_undeclared_reads(warehouse: Connection, shell: Shell) -> None:
     """What was inferred from the SQL is what the locks show, but for the circles, which are said."""
-    cli("import", *SCHEMAS)
+    shell("import", *SCHEMAS)
     warehouse.execute(blocks("sql")[0].encode())
-    cli("sync-config")
-    cli("run")
-    found = json.loads(cli("lineage", "--check", "--json", code=1))["findings"]
+    shell("sync-config")
+    shell("run")
+    found = json.loads(shell("lineage", "--check", "--json", code=1))["findings"]
     assert {(one["finding"], one["name"]) for one in found if one["severity"] == "error"} == {
         ("undeclared_read", "silver.regions"), ("undeclared_read", "silver.customer_value"),
     }  # fmt: skip
 
 
-def test_dependencies_types_and_targets(warehouse: Connection, cli: Shell) -> None:
-    cli("import", *SCHEMAS)
+def test_dependencies_types_and_targets(warehouse: Connection, shell: Shell) -> None:
+    shell("import", *SCHEMAS)
     found = procedures()
     needs = {name: sorted(one.dependencies) for name, one in found.items() if one.dependencies}
     assert needs == {
@@ -159,8 +153,8 @@ def test_dependencies_types_and_targets(warehouse: Connection, cli: Shell) -> No
     }
 
 
-def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, cli: Shell) -> None:
-    cli("import", *SCHEMAS)
+def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, shell: Shell) -> None:
+    shell("import", *SCHEMAS)
     members: dict[str, list[str]] = {}
     for one in config().procedures:
         if one.group:
@@ -174,9 +168,9 @@ def test_circles_are_groups_in_the_order_of_today(warehouse: Connection, cli: Sh
 
 
 def test_windows_are_recognised_by_what_is_compared_with_the_arguments(
-    warehouse: Connection, cli: Shell
+    warehouse: Connection, shell: Shell
 ) -> None:
-    cli("import", *SCHEMAS)
+    shell("import", *SCHEMAS)
     watermarks = {
         name: (one.watermark.strategy, one.watermark.source, dict(one.args))
         for name, one in procedures().items()
@@ -189,9 +183,9 @@ def test_windows_are_recognised_by_what_is_compared_with_the_arguments(
 
 
 def test_an_overload_and_names_with_quotes_are_named_so_that_the_server_finds_them(
-    warehouse: Connection, cli: Shell
+    warehouse: Connection, shell: Shell
 ) -> None:
-    cli("import", *SCHEMAS)
+    shell("import", *SCHEMAS)
     found = procedures()
     assert found["silver.returns"].routine == "silver.load_returns()"
     assert found["silver.stores"].routine == 'silver."Load Stores"'
@@ -199,8 +193,8 @@ def test_an_overload_and_names_with_quotes_are_named_so_that_the_server_finds_th
     assert config().search_path == ("silver",)
 
 
-def test_every_routine_is_accounted_for(warehouse: Connection, cli: Shell) -> None:
-    document = json.loads(cli("import", *SCHEMAS, "--json"))
+def test_every_routine_is_accounted_for(warehouse: Connection, shell: Shell) -> None:
+    document = json.loads(shell("import", *SCHEMAS, "--json"))
     roles: dict[str, set[str]] = {}
     for one in document["routines"]:
         roles.setdefault(one["role"], set()).add(one["routine"].partition("(")[0])
@@ -218,8 +212,8 @@ def test_every_routine_is_accounted_for(warehouse: Connection, cli: Shell) -> No
         assert one["routine"] in text or one["routine"].removesuffix("()") in text, one
 
 
-def test_what_cannot_run_says_why_and_what_to_do(warehouse: Connection, cli: Shell) -> None:
-    cli("import", *SCHEMAS)
+def test_what_cannot_run_says_why_and_what_to_do(warehouse: Connection, shell: Shell) -> None:
+    shell("import", *SCHEMAS)
     text = report()
     for line in (
         "it ends its own transaction (commit in line 6): take COMMIT and ROLLBACK out",
@@ -230,10 +224,10 @@ def test_what_cannot_run_says_why_and_what_to_do(warehouse: Connection, cli: She
         assert line in Path("transformations.yaml").read_text(encoding="utf-8")
 
 
-def test_files_tell_the_same_as_the_database(warehouse: Connection, cli: Shell) -> None:
-    cli("import", *SCHEMAS)
+def test_files_tell_the_same_as_the_database(warehouse: Connection, shell: Shell) -> None:
+    shell("import", *SCHEMAS)
     from_database = procedures()
-    cli("import", str(CORPUS / "warehouse.sql"), *SCHEMAS, "--force")
+    shell("import", str(CORPUS / "warehouse.sql"), *SCHEMAS, "--force")
     from_files = procedures()
     assert from_files.keys() == from_database.keys()
     for name, one in from_files.items():
@@ -281,34 +275,34 @@ def data(connection: Connection) -> dict[str, list[str]]:
     return contents(connection, PIECES)
 
 
-def test_a_split_loads_what_the_whole_loaded(monolith: Connection, cli: Shell) -> None:
+def test_a_split_loads_what_the_whole_loaded(monolith: Connection, shell: Shell) -> None:
     notices: list[str] = []
     monolith.add_notice_handler(lambda one: notices.append(one.message_primary or ""))
     monolith.execute("call silver.load_silver()")
     assert [one for one in notices if "ERROR" in one] == [], "the routine swallows its errors"
     expected = data(monolith)
     assert all(expected.values())
-    cli("import", "--schema", "silver")
+    shell("import", "--schema", "silver")
     grants, skeletons = blocks("sql")
     monolith.execute(skeletons.encode())
     monolith.execute(grants.encode())
     monolith.execute(f"truncate {', '.join(PIECES)}".encode())
     Path("transformations.yaml").write_text(f"version: 1\nprocedures:\n{blocks('yaml')[0]}", encoding="utf-8")
-    cli("sync-config")
-    assert "6 succeeded" in cli("run")
+    shell("sync-config")
+    assert "6 succeeded" in shell("run")
     assert data(monolith) == expected
 
 
-def test_the_whole_runs_as_it_is_too(monolith: Connection, cli: Shell) -> None:
-    cli("import", "--schema", "silver")
+def test_the_whole_runs_as_it_is_too(monolith: Connection, shell: Shell) -> None:
+    shell("import", "--schema", "silver")
     monolith.execute(blocks("sql")[0].encode())
-    cli("sync-config")
-    cli("run")
+    shell("sync-config")
+    shell("run")
     assert all(data(monolith).values())
 
 
-def test_a_split_says_which_statements_and_what_needs_what(cli: Shell) -> None:
-    cli("import", str(CORPUS / "monolith.sql"))
+def test_a_split_says_which_statements_and_what_needs_what(shell: Shell) -> None:
+    shell("import", str(CORPUS / "monolith.sql"))
     text = report()
     first = (
         MONOLITH[: MONOLITH.index("truncate table silver.erp_cust_az12, silver.erp_loc_a101")].count("\n") + 1
@@ -334,68 +328,70 @@ def test_a_split_says_which_statements_and_what_needs_what(cli: Shell) -> None:
          "silver.c: its statements are in routines that are called"),
     ],
 )  # fmt: skip
-def test_what_a_split_cannot_decide_is_said(cli: Shell, statements: str, note: str) -> None:
+def test_what_a_split_cannot_decide_is_said(shell: Shell, statements: str, note: str) -> None:
     Path("x.sql").write_text(
         "create procedure silver.other() language sql as 'insert into silver.c (x) select 2 from bronze.b';\n"
         f"create procedure silver.load() language plpgsql as $$ declare v int; begin {statements} end $$;",
         encoding="utf-8",
     )
-    cli("import", "x.sql")
+    shell("import", "x.sql")
     assert note in report()
 
 
 # -- what can go wrong --
 
 
-def test_no_file_is_overwritten(cli: Shell) -> None:
+def test_no_file_is_overwritten(shell: Shell) -> None:
     Path("import-report.md").write_text("mine", encoding="utf-8")
-    assert "import-report.md is there already" in cli("import", str(CORPUS), code=2)
+    assert "import-report.md is there already" in shell("import", str(CORPUS), code=2)
     assert not Path("transformations.yaml").exists()
     assert Path("import-report.md").read_text(encoding="utf-8") == "mine"
-    cli("import", str(CORPUS), "--force")
+    shell("import", str(CORPUS), "--force")
     assert Path("transformations.yaml").exists()
 
 
-def test_an_empty_schema_is_said(db: Database, cli: Shell) -> None:
-    assert "holds no function or procedure of schema nothing" in cli("import", "--schema", "nothing", code=2)
+def test_an_empty_schema_is_said(db: Database, shell: Shell) -> None:
+    assert "holds no function or procedure of schema nothing" in shell(
+        "import", "--schema", "nothing", code=2
+    )
     assert not Path("transformations.yaml").exists()
 
 
-def test_nothing_that_can_run_is_still_a_report(cli: Shell) -> None:
+def test_nothing_that_can_run_is_still_a_report(shell: Shell) -> None:
     Path("x.sql").write_text(
         "create procedure s.load() language plpgsql as $$ begin insert into s.t select 1; commit; end $$",
         encoding="utf-8",
     )
-    cli("import", "x.sql")
+    shell("import", "x.sql")
     assert "it ends its own transaction" in report()
     assert "procedures: []" in Path("transformations.yaml").read_text(encoding="utf-8")
 
 
-def test_broken_sql_is_reported_and_hides_nothing(cli: Shell) -> None:
+def test_broken_sql_is_reported_and_hides_nothing(shell: Shell) -> None:
     Path("x.sql").write_text(
         "create function s.a() returns int language plpgsql as $$ begin selec; end $$;\n"
         "create function s.b() returns bigint language sql as $$ with n as (insert into s.t (x) select x from b.t returning 1) select count(*) from n $$;\n"
         "this is no SQL;\n",
         encoding="utf-8",
     )
-    cli("import", "x.sql")
+    shell("import", "x.sql")
     assert list(procedures()) == ["s.t"]
     assert "`s.a()`: syntax error" in report()
 
 
-def test_yaml_goes_to_stdout_for_a_dash(cli: Shell) -> None:
-    out = cli("import", str(CORPUS / "monolith.sql"), "--output", "-")
+def test_yaml_goes_to_stdout_for_a_dash(shell: Shell) -> None:
+    out = shell("import", str(CORPUS / "monolith.sql"), "--output", "-")
     assert "  - name: silver.load_silver" in out
     assert not Path("transformations.yaml").exists()
 
 
-def test_routines_of_other_languages_are_named(db: Database, cli: Shell) -> None:
+def test_routines_of_other_languages_are_named(db: Database, shell: Shell) -> None:
     with db.connect() as connection:
         connection.execute(
             "create schema s; create function s.a() returns int language internal as 'pg_backend_pid'"
         )
         connection.execute("create function s.b() returns bigint language sql as $$ select 1::bigint $$")
-    cli("import", "--schema", "s")
+    shell("import", "--schema", "s")
     assert "`s.a()`: it is written in internal" in report()
 
 

@@ -41,12 +41,6 @@ KEYS: Final = {
 
 
 @pytest.fixture
-def cli(shell: Shell) -> Shell:
-    """`b2s` in an empty folder; what it prints, stderr included."""
-    return shell
-
-
-@pytest.fixture
 def bronze(db: Database) -> Connection:
     """A table in Bronze that every strategy can read."""
     connection = db.connect()
@@ -54,15 +48,15 @@ def bronze(db: Database) -> Connection:
     return connection
 
 
-def new(cli: Shell, pattern: str, strategy: str, *more: str, code: int = 0) -> str:
+def new(shell: Shell, pattern: str, strategy: str, *more: str, code: int = 0) -> str:
     key = ["--key", KEYS[pattern]] if KEYS[pattern] else []
-    return cli("new", "silver.orders", "--pattern", pattern, "--strategy", strategy, *key, *more, code=code)
+    return shell("new", "silver.orders", "--pattern", pattern, "--strategy", strategy, *key, *more, code=code)
 
 
-def first_run(bronze: Connection, cli: Shell, strategy: str) -> None:
+def first_run(bronze: Connection, shell: Shell, strategy: str) -> None:
     """A run of an hour ago, so that rows of a minute ago are new."""
     row = bronze.execute("select (now() - interval '1 hour')::text").fetchone()
-    cli("run", *(["--as-of", row[0]] if strategy == "timestamp" and row else []))
+    shell("run", *(["--as-of", row[0]] if strategy == "timestamp" and row else []))
 
 
 # -- what is written is right --
@@ -70,20 +64,20 @@ def first_run(bronze: Connection, cli: Shell, strategy: str) -> None:
 
 @pytest.mark.parametrize(("pattern", "strategy"), SENSIBLE)
 def test_lint_finds_nothing_and_the_contract_is_kept(
-    bronze: Connection, cli: Shell, pattern: str, strategy: str
+    bronze: Connection, shell: Shell, pattern: str, strategy: str
 ) -> None:
     pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
-    new(cli, pattern, strategy, "--apply")
-    assert cli("lint", "sql").startswith("nothing found in 1 routine")
-    assert cli("lint", "--db").endswith("nothing found in 1 routine of 1 source\n")
-    assert cli("sync-config").endswith("applied as version 1\n")
-    findings = json.loads(cli("test", "silver.orders", "--json"))
+    new(shell, pattern, strategy, "--apply")
+    assert shell("lint", "sql").startswith("nothing found in 1 routine")
+    assert shell("lint", "--db").endswith("nothing found in 1 routine of 1 source\n")
+    assert shell("sync-config").endswith("applied as version 1\n")
+    findings = json.loads(shell("test", "silver.orders", "--json"))
     (tested,) = findings if isinstance(findings, list) else [findings]
     assert len(_checks(tested)) > 3
     bad = [one for one in _checks(tested) if one["status"] not in ("ok", "skipped")]
     assert bad == []
-    assert "1 succeeded" in cli("run")
-    assert cli("lineage", "--check") == "what is declared is what was found\n"
+    assert "1 succeeded" in shell("run")
+    assert shell("lineage", "--check") == "what is declared is what was found\n"
 
 
 def _checks(document: Any) -> list[dict[str, Any]]:
@@ -96,14 +90,14 @@ def _checks(document: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_upsert_holds_the_newest_row_of_each_key(bronze: Connection, cli: Shell, strategy: str) -> None:
-    new(cli, "upsert", strategy, "--apply")
-    cli("sync-config")
-    first_run(bronze, cli, strategy)
+def test_an_upsert_holds_the_newest_row_of_each_key(bronze: Connection, shell: Shell, strategy: str) -> None:
+    new(shell, "upsert", strategy, "--apply")
+    shell("sync-config")
+    first_run(bronze, shell, strategy)
     bronze.execute(
         "insert into bronze.orders (order_id, customer, ingested_at) values ('o1', 'newest', now() - interval '1 minute'), ('o99', 'new', now() - interval '1 minute')"
     )
-    cli("run")
+    shell("run")
     found = dict(bronze.execute("select order_id, customer from silver.orders").fetchall())
     assert len(found) == 8
     assert found["o99"] == "new"
@@ -113,11 +107,11 @@ def test_an_upsert_holds_the_newest_row_of_each_key(bronze: Connection, cli: She
 
 @pytest.mark.parametrize("strategy", ["timestamp", "id", "xid"])
 def test_an_old_range_read_again_puts_no_older_row_back(
-    bronze: Connection, cli: Shell, strategy: str
+    bronze: Connection, shell: Shell, strategy: str
 ) -> None:
-    new(cli, "upsert", strategy, "--apply")
-    cli("sync-config")
-    cli("run")
+    new(shell, "upsert", strategy, "--apply")
+    shell("sync-config")
+    shell("run")
     before = bronze.execute("select t::text from silver.orders t order by 1").fetchall()
     until = {"timestamp": "now", "id": "30", "xid": None}[strategy]
     if until == "now":
@@ -127,33 +121,33 @@ def test_an_old_range_read_again_puts_no_older_row_back(
         until = row[0] if row else ""
     if until:
         chunk = "1h" if strategy == "timestamp" else "7"
-        cli("backfill", "silver.orders", "--until", until, "--chunk", chunk, "--reason", "test")
+        shell("backfill", "silver.orders", "--until", until, "--chunk", chunk, "--reason", "test")
         assert bronze.execute("select t::text from silver.orders t order by 1").fetchall() == before
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_history_has_a_version_for_each_change_and_one_that_is_current(
-    bronze: Connection, cli: Shell, strategy: str
+    bronze: Connection, shell: Shell, strategy: str
 ) -> None:
     bronze.execute("truncate bronze.orders")
     insert = "insert into bronze.orders (order_id, line, customer, ingested_at) values ('a', 1, %s, now() - %s::interval)"
     columns = {"timestamp": ", ingested_at timestamptz", "id": ", ingested_at timestamptz, row_id bigint",
                "xid": ", ingested_at timestamptz, etl_xid xid8", "none": ""}[strategy]  # fmt: skip
-    cli("new", "silver.orders", "--pattern", "scd2", "--strategy", strategy, "--key", "order_id",
+    shell("new", "silver.orders", "--pattern", "scd2", "--strategy", strategy, "--key", "order_id",
         *(["--watermark", "row_id"] if strategy == "id" else []),
         "--columns", f"order_id text, customer text{columns}", "--apply")  # fmt: skip
-    cli("sync-config")
+    shell("sync-config")
     for customer, age in (("x", "9 hours"), ("x", "8 hours"), ("y", "7 hours")):
         if strategy == "none":
             bronze.execute("truncate bronze.orders")
         bronze.execute(insert, [customer, age])
         if strategy == "none":
-            cli("run")
+            shell("run")
     if strategy != "none":
-        first_run(bronze, cli, strategy)
+        first_run(bronze, shell, strategy)
         bronze.execute(insert, ["x", "7 hours 30 minutes"])
         bronze.execute(insert, ["z", "1 minute"])
-        cli("run")
+        shell("run")
     versions = bronze.execute(
         "select customer, is_current, valid_to is null, lead(valid_from) over w is not distinct from valid_to from silver.orders"
         " window w as (partition by order_id order by valid_from) order by valid_from"
@@ -164,25 +158,25 @@ def test_a_history_has_a_version_for_each_change_and_one_that_is_current(
     assert all(is_open == is_current and is_seamless for _, is_current, is_open, is_seamless in versions)
 
 
-def test_a_key_that_is_gone_from_the_source_is_closed(bronze: Connection, cli: Shell) -> None:
-    new(cli, "scd2", "none", "--apply")
-    cli("sync-config")
-    cli("run")
+def test_a_key_that_is_gone_from_the_source_is_closed(bronze: Connection, shell: Shell) -> None:
+    new(shell, "scd2", "none", "--apply")
+    shell("sync-config")
+    shell("run")
     bronze.execute("delete from bronze.orders where order_id = 'o1'")
-    cli("run")
+    shell("run")
     rows = bronze.execute("select distinct is_current from silver.orders where order_id = 'o1'").fetchall()
     assert rows == [(False,)]
 
 
-def test_all_lines_of_a_key_that_changed_are_replaced(bronze: Connection, cli: Shell) -> None:
-    new(cli, "delete_insert", "timestamp", "--apply")
-    cli("sync-config")
-    first_run(bronze, cli, "timestamp")
+def test_all_lines_of_a_key_that_changed_are_replaced(bronze: Connection, shell: Shell) -> None:
+    new(shell, "delete_insert", "timestamp", "--apply")
+    shell("sync-config")
+    first_run(bronze, shell, "timestamp")
     bronze.execute("delete from bronze.orders where order_id = 'o2' and line = 0")
     bronze.execute(
         "insert into bronze.orders (order_id, line, ingested_at) values ('o2', 9, now() - interval '1 minute')"
     )
-    cli("run")
+    shell("run")
     silver = "select order_id, line, count(*) from silver.orders group by 1, 2 order by 1, 2"
     assert (
         bronze.execute(silver).fetchall()
@@ -194,13 +188,13 @@ def test_all_lines_of_a_key_that_changed_are_replaced(bronze: Connection, cli: S
     )
 
 
-def test_a_snapshot_is_kept_for_each_day(bronze: Connection, cli: Shell) -> None:
-    new(cli, "snapshot", "none", "--apply")
-    cli("sync-config")
-    cli("run", "--param", "silver.orders.snapshot_on=2026-01-01")
-    cli("run", "--param", "silver.orders.snapshot_on=2026-01-01")
+def test_a_snapshot_is_kept_for_each_day(bronze: Connection, shell: Shell) -> None:
+    new(shell, "snapshot", "none", "--apply")
+    shell("sync-config")
+    shell("run", "--param", "silver.orders.snapshot_on=2026-01-01")
+    shell("run", "--param", "silver.orders.snapshot_on=2026-01-01")
     bronze.execute("delete from bronze.orders where order_id = 'o1'")
-    cli("run")
+    shell("run")
     days = bronze.execute(
         "select count(*) from silver.orders group by snapshot_on order by snapshot_on"
     ).fetchall()
@@ -212,13 +206,13 @@ def test_a_snapshot_is_kept_for_each_day(bronze: Connection, cli: Shell) -> None
 # -- what is found out --
 
 
-def test_the_source_says_what_was_not_given(bronze: Connection, cli: Shell) -> None:
-    out = cli("new", "silver.orders", "--pattern", "append", "--stdout")
+def test_the_source_says_what_was_not_given(bronze: Connection, shell: Shell) -> None:
+    out = shell("new", "silver.orders", "--pattern", "append", "--stdout")
     assert "p_since pg_snapshot, p_until pg_snapshot" in out, "xid before timestamp"
     assert "on conflict (row_id) do nothing" in out, "the key of the source"
     assert "etl.arrived(s.etl_xid, p_since, p_until)" in out
     assert "watermark: {strategy: xid, source: bronze.orders.etl_xid}" in out
-    out = cli(
+    out = shell(
         "new",
         "silver.orders",
         "--pattern",
@@ -233,16 +227,16 @@ def test_the_source_says_what_was_not_given(bronze: Connection, cli: Shell) -> N
     assert not Path("sql").exists()
 
 
-def test_a_target_that_is_there_is_filled_as_it_is(bronze: Connection, cli: Shell) -> None:
+def test_a_target_that_is_there_is_filled_as_it_is(bronze: Connection, shell: Shell) -> None:
     bronze.execute("create table silver.orders (customer text, order_id text unique, extra int)")
-    out = cli("new", "silver.orders", "--pattern", "upsert", "--strategy", "timestamp", "--stdout")
+    out = shell("new", "silver.orders", "--pattern", "upsert", "--strategy", "timestamp", "--stdout")
     assert "create table" not in out
     assert "insert into silver.orders as t (order_id, customer)" in out
 
 
-def test_a_source_that_a_procedure_fills_is_a_dependency(bronze: Connection, cli: Shell) -> None:
-    new(cli, "upsert", "timestamp", "--apply")
-    cli(
+def test_a_source_that_a_procedure_fills_is_a_dependency(bronze: Connection, shell: Shell) -> None:
+    new(shell, "upsert", "timestamp", "--apply")
+    shell(
         "new",
         "silver.totals",
         "--pattern",
@@ -255,13 +249,13 @@ def test_a_source_that_a_procedure_fills_is_a_dependency(bronze: Connection, cli
     )
     procedures = {one.name: one for one in load_config(Path("transformations.yaml"), {}).config.procedures}
     assert procedures["silver.totals"].dependencies == ("silver.orders",)
-    cli("sync-config")
-    assert "2 succeeded" in cli("run")
-    assert cli("lineage", "--check") == "what is declared is what was found\n"
+    shell("sync-config")
+    assert "2 succeeded" in shell("run")
+    assert shell("lineage", "--check") == "what is declared is what was found\n"
 
 
-def test_without_a_database_columns_are_described(cli: Shell) -> None:
-    out = cli(
+def test_without_a_database_columns_are_described(shell: Shell) -> None:
+    out = shell(
         "new", "silver.dim_parts", "--pattern", "upsert", "--columns", 'part_no text, "Weight" numeric(10, 2), loaded_at timestamptz',
         "--key", "part_no", "--stdout", "--dsn", "host=/nowhere",
     )  # fmt: skip
@@ -291,10 +285,10 @@ def test_without_a_database_columns_are_described(cli: Shell) -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_said(
-    bronze: Connection, cli: Shell, words: list[str], message: str
+    bronze: Connection, shell: Shell, words: list[str], message: str
 ) -> None:
     bronze.execute("create table silver.taken (order_id text, customer text)")
-    assert message in cli("new", *words, code=2)
+    assert message in shell("new", *words, code=2)
     assert not Path("transformations.yaml").exists()
     assert not Path("sql").exists()
 
@@ -302,12 +296,12 @@ def test_what_does_not_fit_together_is_said(
 # -- the entry --
 
 
-def test_nothing_is_overwritten(bronze: Connection, cli: Shell) -> None:
-    new(cli, "upsert", "timestamp")
+def test_nothing_is_overwritten(bronze: Connection, shell: Shell) -> None:
+    new(shell, "upsert", "timestamp")
     before = Path("transformations.yaml").read_text(encoding="utf-8")
-    assert "sql/silver.orders.sql is there already" in new(cli, "append", "id", code=2)
+    assert "sql/silver.orders.sql is there already" in new(shell, "append", "id", code=2)
     Path("sql/silver.orders.sql").unlink()
-    assert "was left as it is" in new(cli, "append", "id", code=2)
+    assert "was left as it is" in new(shell, "append", "id", code=2)
     assert Path("transformations.yaml").read_text(encoding="utf-8") == before
     assert not Path("sql/silver.orders.sql").exists()
 
@@ -330,27 +324,27 @@ def test_an_entry_is_added_to_the_text_and_everything_else_stays(text: str, expe
     assert with_entry(text, ENTRY) == expected
 
 
-def test_a_list_in_one_line_is_left_alone_and_the_entry_shown(bronze: Connection, cli: Shell) -> None:
+def test_a_list_in_one_line_is_left_alone_and_the_entry_shown(bronze: Connection, shell: Shell) -> None:
     Path("transformations.yaml").write_text(
         "version: 1\nprocedures: [{name: silver.a, type: fact}]\n", encoding="utf-8"
     )
-    out = new(cli, "upsert", "timestamp", code=2)
+    out = new(shell, "upsert", "timestamp", code=2)
     assert (
         "transformations.yaml was left as it is: its list of procedures is not written one below the other"
         in out
     )
     assert "--stdout prints" in out
-    assert "- name: silver.orders" in new(cli, "upsert", "timestamp", "--stdout")
+    assert "- name: silver.orders" in new(shell, "upsert", "timestamp", "--stdout")
     assert not Path("sql").exists()
 
 
 def test_a_broken_configuration_is_reported_before_anything_is_written(
-    bronze: Connection, cli: Shell
+    bronze: Connection, shell: Shell
 ) -> None:
     Path("transformations.yaml").write_text(
         "version: 1\nprocedures:\n  - {name: silver.a, typ: fact}\n", encoding="utf-8"
     )
-    assert "unknown key 'typ'" in new(cli, "upsert", "timestamp", code=2)
+    assert "unknown key 'typ'" in new(shell, "upsert", "timestamp", code=2)
     assert not Path("sql").exists()
 
 
@@ -380,33 +374,33 @@ def test_columns_are_described_with_types_of_any_form() -> None:
 # -- init --
 
 
-def test_a_new_project_runs(db: Database, cli: Shell) -> None:
-    out = cli("init", "shop")
+def test_a_new_project_runs(db: Database, shell: Shell) -> None:
+    out = shell("init", "shop")
     assert "written: shop/transformations.yaml" in out
     with db.connect() as connection:
         for name in ("bronze.sql", "silver.dim_customers.sql"):
             connection.execute((Path("shop/sql") / name).read_bytes())
             connection.execute((Path("shop/sql") / name).read_bytes())
     config = ("--config", "shop/transformations.yaml")
-    assert cli("sync-config", *config).endswith("applied as version 1\n")
-    assert "no check failed" in cli("test", "silver.dim_customers", *config)
-    assert "1 succeeded" in cli("run")
+    assert shell("sync-config", *config).endswith("applied as version 1\n")
+    assert "no check failed" in shell("test", "silver.dim_customers", *config)
+    assert "1 succeeded" in shell("run")
     row = db.connect().execute("select count(*) from silver.dim_customers").fetchone()
     assert row == (3,)
     schema = json.loads(Path("shop/transformations.schema.json").read_text(encoding="utf-8"))
     assert schema["title"] == "b2s transformations"
 
 
-def test_a_new_project_is_clean_for_lint(cli: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_project_is_clean_for_lint(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pglast", reason="the SQL parser is not installed: pip install 'b2s[lint]'")
-    cli("init", "shop")
+    shell("init", "shop")
     monkeypatch.chdir("shop")
-    assert cli("lint", "sql") == "nothing found in 1 routine of 2 sources\n"
+    assert shell("lint", "sql") == "nothing found in 1 routine of 2 sources\n"
 
 
-def test_a_project_that_is_there_is_left_alone(cli: Shell) -> None:
-    cli("init")
+def test_a_project_that_is_there_is_left_alone(shell: Shell) -> None:
+    shell("init")
     Path("transformations.yaml").write_text("mine", encoding="utf-8")
-    assert "transformations.yaml is there already" in cli("init", code=2)
+    assert "transformations.yaml is there already" in shell("init", code=2)
     assert Path("transformations.yaml").read_text(encoding="utf-8") == "mine"
-    assert "is no name for a pipeline" in cli("init", "other", "--pipeline", "No Name", code=2)
+    assert "is no name for a pipeline" in shell("init", "other", "--pipeline", "No Name", code=2)
