@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from b2s.config import ConfigError, LoadedConfig, Problem, format_problems, json_schema, load_config
+from b2s.yamlsource import scalar
 
 FULL = """\
 version: 1
@@ -111,6 +112,13 @@ def problems_of(tmp_path: Path, text: str | bytes, environ: Mapping[str, str] | 
 
 def places(problems: list[Problem]) -> list[str]:
     return [f"{problem.line}:{problem.column} {problem.message}" for problem in problems]
+
+
+@pytest.mark.parametrize(
+    "text", ["silver.load", "Orders of a shop", "true", "Null", "no", "1", "a: b", 'silver."Odd"', "ends "]
+)
+def test_a_text_that_is_written_is_read_back_as_that(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, f"{HEAD}    description: {scalar(text)}\n").config.procedures[0].description == text
 
 
 def test_a_full_file_becomes_the_spec_with_every_default_written_out(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ and duplicate keys are refused, aliases cannot recurse or explode. In values, `$
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,7 @@ _FLOAT: Final = re.compile(
 )
 _NOT_FINITE: Final = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _VARIABLE: Final = re.compile(r"\$\$|\$\{([^}]*)\}|\$\{")
+_SAFE_TEXT: Final = re.compile(r"[A-Za-z_](?:[\w. ]*\w)?")
 _EXPRESSION: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?", re.DOTALL)
 
 
@@ -143,6 +145,13 @@ class ConfigError(Exception):
 
 def _place(problem: Problem) -> tuple[int, int, str]:
     return problem.line, problem.column, problem.message
+
+
+def scalar(text: str) -> str:
+    """A text as a file has it: plain where it is read back as that, else in double quotes as in JSON."""
+    if _SAFE_TEXT.fullmatch(text) and resolve_plain(text) == text:
+        return text
+    return json.dumps(text, ensure_ascii=False)
 
 
 def format_problems(source: Source, problems: Iterable[Problem]) -> str:

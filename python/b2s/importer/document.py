@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from typing import Final
 
 from b2s.importer.classify import Judged
 from b2s.importer.infer import Entry, Inferred
 from b2s.importer.inventory import Inventory
+from b2s.yamlsource import scalar
 
-_PLAIN: Final = re.compile(r"[a-z_][a-z0-9_.]*")
 _WIDTH: Final = 110
 
 
@@ -91,10 +89,3 @@ def _blocked(blocked: list[Judged]) -> Iterator[str]:
         yield f"  #   routine: {scalar(one.found.signature)}"
         for reason, remedy in zip(one.reasons, one.remedies, strict=False):
             yield f"  #   {reason}: {remedy}"
-
-
-def scalar(text: str) -> str:
-    """A text as YAML writes it: plain where that is safe, else in double quotes as JSON has them."""
-    if _PLAIN.fullmatch(text) and text not in ("true", "false", "null"):
-        return text
-    return json.dumps(text, ensure_ascii=False)

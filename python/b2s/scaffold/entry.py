@@ -13,6 +13,7 @@ from b2s.config import load_config
 from b2s.errors import UsageError
 from b2s.names import parts_of, quoted
 from b2s.scaffold.patterns import SNAPSHOT_ON, Design
+from b2s.yamlsource import scalar
 
 _LIST: Final = re.compile(r"^procedures:[ \t]*(\[\s*\])?[ \t]*(#.*)?$", re.MULTILINE)
 _ITEM: Final = re.compile(r"^( *)- ", re.MULTILINE)
@@ -25,28 +26,21 @@ def entry_lines(
 ) -> Iterator[str]:
     """The lines of the entry, not indented."""
     yield f"- name: {name}"
-    yield f"  routine: {_text(design.routine)}"
+    yield f"  routine: {scalar(design.routine)}"
     yield f"  type: {kind}"
     if description:
-        yield f"  description: {_text(description)}"
+        yield f"  description: {scalar(description)}"
     if dependencies:
         yield f"  dependencies: [{', '.join(dependencies)}]"
     if design.takes_mode:
         yield "  allow_full_refresh: true"
     if design.watermark:
         source = f"{design.source}.{quoted(design.watermark)}"
-        yield f"  watermark: {{strategy: {design.strategy}, source: {_text(source)}}}"
+        yield f"  watermark: {{strategy: {design.strategy}, source: {scalar(source)}}}"
     if design.pattern == "snapshot":
         yield "  params:"
         meaning = "the day it stands for; default: today, UTC"
         yield f"    {SNAPSHOT_ON}: {{type: string, format: date, description: '{meaning}'}}"
-
-
-def _text(value: str) -> str:
-    import json
-
-    is_plain = re.fullmatch(r"[A-Za-z_][\w. ]*", value) is not None
-    return value if is_plain else json.dumps(value, ensure_ascii=False)
 
 
 def with_entry(text: str, lines: list[str]) -> str | None:
